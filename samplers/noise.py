@@ -1,0 +1,101 @@
+"""Noise that does not depend on the batch: Philox 4x32-10 keyed by (seed, sample), counted by (position, step, stream).
+
+The same (seed, sample) gives the same numbers for any batch size, batch row, process count and device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgen.errors import VgenError
+from vgen.kernels.philox import philox_gumbel, philox_normal, philox_uniform
+from vgen.samplers.types import Step
+
+TOKENS, CONFIDENCE, START = 0, 1, 2  # streams: independent numbers for the same position and step
+
+
+@dataclass(frozen=True)
+class PhiloxNoise:
+    """Counter-based noise (Salmon et al., SC'11). seed: 0 to 2^32 - 1; samples: [B] global sample indices."""
+
+    seed: int
+    samples: Tensor
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise VgenError(f"the seed must be an integer from 0 to {2**32 - 1}, got {self.seed}")
+
+    def token_noise(self, stream: int, step: Step, shape: Sequence[int]) -> dict[str, Any]:
+        """The Philox key and counter: `choose_tokens` draws inside its kernel."""
+        return {
+            "seed": self.seed,
+            "samples": self.samples.to(step.targets.device),
+            "positions": step.targets,
+            "step": step.index,
+            "stream": stream,
+        }
+
+    def gumbel(self, stream: int, step: Step, shape: Sequence[int]) -> Tensor:
+        """Gumbel(0, 1), fp32, shape [B, m, ...]."""
+        return self._draw(philox_gumbel, stream, step, shape)
+
+    def uniform(self, stream: int, step: Step, shape: Sequence[int]) -> Tensor:
+        """U(0, 1), fp32, shape [B, m, ...]."""
+        return self._draw(philox_uniform, stream, step, shape)
+
+    def normal(self, stream: int, step: Step, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """N(0, 1), shape [B, m, ...]."""
+        return self._draw(philox_normal, stream, step, shape).to(dtype)
+
+    def _draw(self, kind: Callable[..., Tensor], stream: int, step: Step, shape: Sequence[int]) -> Tensor:
+        samples = self.samples.to(step.targets.device)
+        return kind(self.seed, samples, step.targets, step.index, stream, math.prod(shape[2:])).view(*shape)
+
+
+@dataclass
+class TapeNoise:
+    """Replays recorded draws in the order in which they are asked for: parity with the original samplers.
+
+    gumbels, uniforms, normals: lists of tensors; one is taken per call and must have the asked shape. A recorded
+    Exp(1) draw q of `multinomial` is the Gumbel draw -log(q).
+    """
+
+    gumbels: list[Tensor]
+    uniforms: list[Tensor]
+    normals: list[Tensor]
+
+    @classmethod
+    def from_exponential(cls, draws: Sequence[Tensor]) -> TapeNoise:
+        """A tape of torch.multinomial's exponential draws: argmax(p / q) = argmax(log p - log q)."""
+        return cls([-torch.log(q) for q in draws], [], [])
+
+    def token_noise(self, stream: int, step: Step, shape: Sequence[int]) -> dict[str, Any]:
+        """The next recorded Gumbel tensor."""
+        return {"gumbel": self._next(self.gumbels, shape)}
+
+    def gumbel(self, stream: int, step: Step, shape: Sequence[int]) -> Tensor:
+        """The next recorded Gumbel tensor."""
+        return self._next(self.gumbels, shape)
+
+    def uniform(self, stream: int, step: Step, shape: Sequence[int]) -> Tensor:
+        """The next recorded uniform tensor."""
+        return self._next(self.uniforms, shape)
+
+    def normal(self, stream: int, step: Step, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The next recorded normal tensor."""
+        return self._next(self.normals, shape).to(dtype)
+
+    @staticmethod
+    def _next(tape: list[Tensor], shape: Sequence[int]) -> Tensor:
+        if not tape:
+            raise VgenError("the recorded noise is used up: the run makes more draws than the recording")
+        draw = tape.pop(0)
+        if draw.numel() != math.prod(shape):
+            raise VgenError(f"the recorded noise has shape {tuple(draw.shape)}, the run asks for {tuple(shape)}")
+        return draw.view(*shape)

@@ -1,0 +1,87 @@
+"""ZipAR: rows decoded side by side (arXiv 2412.04062, training-free for raster models)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vgen.errors import VgenError
+from vgen.samplers.orders.base import FixedOrder
+from vgen.samplers.orders.fixed import grouped
+from vgen.samplers.types import Feed, Grid, grid_coordinates
+
+
+def zip_rows(grid: Grid, window: int, faithful: bool) -> FixedOrder:
+    """Row r + 1 starts as soon as row r holds `window` tokens: column c of row r is decoded in call r * window + c.
+
+    T * (W + (H - 1) * min(window, W)) calls, frame after frame; a full-width window is raster order, window 1 is the
+    anti-diagonal wavefront. faithful: the released LlamaGen variant instead (`llamagen_schedule`), whose steps carry the
+    substitutes it feeds for row ends that are not decoded yet: 2W + (H - 2) * window calls, pictures only.
+    """
+    if faithful:
+        return _faithful(grid, window)
+    frame, row, column = grid_coordinates(grid).unbind(dim=1)
+    shift = min(window, grid[2])
+    return grouped(f"zip-{window}", grid, frame * (grid[2] + (grid[1] - 1) * shift) + row * shift + column)
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A token fed in one call: the value of position `source` enters at position `slot` and answers `predicted` (-1: none).
+
+    slot and source -1: the condition. source != slot: a substitute.
+    """
+
+    slot: int
+    source: int
+    predicted: int
+
+
+def llamagen_schedule(height: int, width: int, window: int) -> list[list[Fed]]:
+    """What the released LlamaGen variant feeds in each call (spec: rows of equal calls, rows ascending).
+
+    Row 0 is decoded alone and row 1 starts after it; from row 1 on the window rule holds. The first token of row r >= 2
+    needs the last token of row r - 1: the newest token of row r - 2 stands in for it, and when row r - 1 is complete its
+    true last token is fed once more, only to refresh the cache. window >= width is raster decoding (the released code
+    breaks there); window 1 is refused, as released.
+    """
+    if window < 2:
+        raise VgenError(f"faithful zip needs a window of at least 2 tokens, got {window}")
+    raster_rows = height if window >= width else 1
+    calls = [[Fed(-1, -1, 0)]] + [[Fed(p - 1, p - 1, p)] for p in range(1, raster_rows * width)]
+    if raster_rows == height:
+        return calls
+    decoded = [width] + [0] * (height - 1)
+    first_source = {1: width - 1}  # row -> whose value enters for its first token
+    active, refresh = [1], []
+    while active:
+        fed = [Fed(slot, slot, -1) for slot in refresh]
+        refresh, started, finished = [], [], []
+        for row in active:
+            start, count = row * width, decoded[row]
+            slot = start + count - 1
+            fed.append(Fed(slot, slot if count else first_source[row], start + count))
+            decoded[row] += 1
+            if decoded[row] == window and row + 1 < height:
+                first_source[row + 1] = (row - 1) * width + decoded[row - 1] - 1
+                started.append(row + 1)
+            if decoded[row] == width:
+                finished.append(row)
+                refresh += [start + width - 1] if row + 1 < height else []
+        active = [row for row in active if row not in finished] + started
+        calls.append(fed)
+    return calls
+
+
+def _faithful(grid: Grid, window: int) -> FixedOrder:
+    frames, height, width = grid
+    if frames > 1:
+        raise VgenError(f"faithful zip is defined for pictures, got {frames} frames; use zip without it")
+    groups, feeds = [], []
+    for call in llamagen_schedule(height, width, window):
+        reads = [row for row, fed in enumerate(call) if fed.predicted >= 0]
+        groups.append([call[row].predicted for row in reads])
+        slots, sources = [fed.slot for fed in call], [fed.source for fed in call]
+        feeds.append(Feed(torch.tensor(sources), torch.tensor(slots), torch.tensor(reads)))
+    return FixedOrder(f"zip:window={window},faithful=true", grid, groups, feeds=feeds)

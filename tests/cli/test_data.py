@@ -1,0 +1,63 @@
+"""`vgen data` as a user meets it."""
+
+import json
+
+import torch
+from PIL import Image
+
+from vgen.cli.main import main
+from vgen.data.tokens import write_tokens
+
+
+def test_info_of_a_folder_with_sheet(tmp_path, capsys):
+    for name, color in {"cat/a.png": "red", "dog/b.png": "blue"}.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (30, 20), color).save(tmp_path / "set" / name)
+    (tmp_path / "set/cat/a.txt").write_text("a red cat")
+    sheet = tmp_path / "sheet.png"
+    assert main(["data", "info", str(tmp_path / "set"), "--sheet", str(sheet)]) == 0
+    said = capsys.readouterr().out
+    assert "image folder" in said and "2 train" in said and "cat (1), dog (1)" in said and "a red cat" in said
+    with Image.open(sheet) as image:
+        assert image.size == (2 * 96, 64 + 44) and image.getpixel((48, 30)) == (255, 0, 0)
+
+
+def test_info_of_tokens(tmp_path, capsys):
+    path = tmp_path / "t.safetensors"
+    tokens = torch.zeros(3, 4, dtype=torch.long)
+    write_tokens(
+        path, tokens, captions=["x"] * 3, labels=[0] * 3, keys=list("abc"), grid=(1, 2, 2), vocabulary=9, tokenizer="vq"
+    )
+    assert main(["data", "info", str(path)]) == 0
+    assert "grid 1x2x2, vocabulary 9, 1 codes used, tokenizer vq" in capsys.readouterr().out
+    assert main(["data", "info", str(path), "--sheet", str(tmp_path / "s.png")]) == 2
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    assert main(["data", "info", str(tmp_path / "nothing")]) == 2
+    assert main(["data", "emoji", "--out", str(tmp_path / "out"), "--archives", str(tmp_path)]) == 2
+    assert main(["data", "emoji", "--out", str(tmp_path / "out"), "--size", "4"]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 3 and "npm pack" in said.err and not said.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_complete_emoji_data_is_only_verified(tmp_path, capsys):
+    from vgen.data.emoji import FORMAT, NAMES, PICTURES
+
+    counts = dict.fromkeys(
+        ("pictures", "train", "heldout", "captions", "classes", "names_without_picture", "pictures_without_name"), 0
+    )
+    manifest = {
+        "kind": "emoji",
+        "format": FORMAT,
+        "image_size": 64,
+        "shard_size": 1000,
+        "packages": [PICTURES.spec, NAMES.spec],
+        "complete": True,
+        "counts": counts,
+        "shards": {},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["data", "emoji", "--out", str(tmp_path)]) == 0
+    assert "0 pictures of 64 px" in capsys.readouterr().out

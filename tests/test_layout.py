@@ -1,0 +1,81 @@
+"""The folders, what may import what, and the package list."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A folder may import from itself and from everything to its left.
+DIRECTION = [
+    "vgen.errors",
+    "vgen.files",
+    "vgen.checkpoints",
+    "vgen.kernels",
+    "vgen.layers",
+    "vgen.samplers",
+    "vgen.tokenizers_vis",
+    "vgen.models",
+    "vgen.data",
+    "vgen.viz",
+    "vgen.pipelines",
+    "vgen.train",
+    "vgen.eval",
+    "vgen.convert",
+    "vgen.cli",
+]
+TOP = {"kernels": "vgen.kernels", "samplers": "vgen.samplers", "tokenizers_vis": "vgen.tokenizers_vis"}
+
+
+def modules():
+    for folder in ("kernels", "samplers", "tokenizers_vis", "vgen"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join((TOP.get(parts[0], parts[0]), *parts[1:])).removesuffix(".__init__")
+            yield name, path
+
+
+def rank(name: str) -> int | None:
+    found = [i for i, prefix in enumerate(DIRECTION) if name == prefix or name.startswith(prefix + ".")]
+    return found[0] if found else None
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+
+
+@pytest.mark.parametrize("name, path", list(modules()), ids=lambda v: v if isinstance(v, str) else "")
+def test_imports_point_one_way(name, path):
+    own = rank(name)
+    assert own is not None or name in ("vgen", "vgen.assets"), f"{name} has no place in the import order"
+    for imported in imports(path):
+        if imported.startswith("vgen") and own is not None and rank(imported) is not None:
+            assert rank(imported) <= own, f"{name} imports {imported}, which lies to its right"
+        assert imported.split(".")[0] not in TOP, f"{name} imports the top-level folder {imported}; write vgen.{imported}"
+
+
+def test_package_list_is_complete():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {name for name, path in modules() if path.name == "__init__.py"}
+    assert set(settings["packages"]) == found
+
+
+def test_import_is_lazy():
+    code = "import vgen, sys; assert vgen.__version__; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_public_names_resolve():
+    import vgen
+
+    for name in vgen.__all__:
+        assert getattr(vgen, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        vgen.nothing  # noqa: B018

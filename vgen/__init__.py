@@ -1,0 +1,48 @@
+"""vgen: autoregressive image and video generation. Any visual tokenizer, any generator, any decode order, one decode loop."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# public name -> module; loaded on first use (PEP 562), so that `import vgen` costs nothing
+_LAZY = {
+    "AnyOrderModel": "vgen.models.anyorder",
+    "Vocabulary": "vgen.models.vocabulary",
+    "VQModel": "vgen.tokenizers_vis.vq",
+    "VisualPipeline": "vgen.pipelines.visual",
+    "make_order": "vgen.samplers.orders",
+    "decode": "vgen.samplers.decode",
+    "Canvas": "vgen.samplers.types",
+    "ClassifierFree": "vgen.samplers.guidance",
+    "TokenChoice": "vgen.samplers.choice",
+    "PhiloxNoise": "vgen.samplers.noise",
+    "VgenError": "vgen.errors",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+if TYPE_CHECKING:
+    from vgen.errors import VgenError
+    from vgen.models.anyorder import AnyOrderModel
+    from vgen.models.vocabulary import Vocabulary
+    from vgen.pipelines.visual import VisualPipeline
+    from vgen.samplers.choice import TokenChoice
+    from vgen.samplers.decode import decode
+    from vgen.samplers.guidance import ClassifierFree
+    from vgen.samplers.noise import PhiloxNoise
+    from vgen.samplers.orders import make_order
+    from vgen.samplers.types import Canvas
+    from vgen.tokenizers_vis.vq import VQModel
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'vgen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

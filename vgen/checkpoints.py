@@ -1,0 +1,137 @@
+"""Reading other people's checkpoints without running their code, and loading them without leaving a gap."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from vgen.errors import VgenError
+
+NESTINGS = ("ema", "model", "module", "state_dict")
+
+
+def read_state_dict(path: str | Path, prefer: Sequence[str] = NESTINGS) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name, on the CPU.
+
+    A .safetensors file is read as it is. Anything else goes through `torch.load(weights_only=True)` with argparse.Namespace
+    allowed (training scripts store their arguments); of a nested file the first of the names `prefer` that holds tensors wins,
+    else the file must be flat. TorchScript programs are refused.
+    VgenError: missing, truncated, not a checkpoint, needs code to load, no tensors where expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VgenError(f"checkpoint {path} does not exist; check the path or download the file first")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise VgenError(
+                f"{path} is not a complete safetensors file ({_first_line(error)}); download it again"
+            ) from error
+    return _unwrap(_read_pickle(path), path, prefer)
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> None:
+    """Fills every parameter and persistent buffer of `module` from `state` and consumes every key.
+
+    Keys that start with one of `ignore` may be left over. Tensors are assigned, not copied, so a module on the meta device is
+    filled without allocating it twice (it must then have no non-persistent buffers: RuntimeError). Integers keep the module's dtype.
+    VgenError: counts and first names of missing keys, unexpected keys and differing shapes; the module is then untouched.
+    """
+    ignore = tuple(ignore)
+    wanted = module.state_dict(keep_vars=True)
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in wanted and not key.startswith(ignore)]
+    differing = [
+        f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if missing or unexpected or differing:
+        found = "; ".join(
+            f"{len(items)} {label} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
+            for label, items in (("missing", missing), ("unexpected", unexpected), ("of another shape", differing))
+            if items
+        )
+        raise VgenError(
+            f"the checkpoint does not fit {type(module).__name__}: expected {len(wanted)} tensors, found {len(state)}: {found}; "
+            "choose the size and family that the file was trained with"
+        )
+    filled = {
+        key: state[key] if value.is_floating_point() else state[key].to(value.dtype) for key, value in wanted.items()
+    }
+    module.load_state_dict(filled, assign=True)
+    empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise RuntimeError(
+            f"{type(module).__name__} was built on the meta device and the file cannot fill {empty}; compute them lazily"
+        )
+
+
+def _read_pickle(path: Path) -> Any:
+    if _is_torchscript(path):
+        raise VgenError(
+            f"{path} is a TorchScript program, which vgen does not run; pass a plain checkpoint of the same weights"
+        )
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = _refused_name(error)
+        if refused:
+            raise VgenError(
+                f"{path} would have to run code to load ({refused}), expected tensors only; vgen refuses that, so save the "
+                "state dict alone, best as safetensors"
+            ) from error
+        raise VgenError(f"{path} is not a torch checkpoint or is cut off; download it again") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise VgenError(
+            f"{path} is not a torch checkpoint or is cut off ({_first_line(error)}); download it again"
+        ) from error
+
+
+def _unwrap(content: Any, path: Path, prefer: Sequence[str]) -> dict[str, Tensor]:
+    if isinstance(content, Mapping):
+        for name in prefer:
+            if _is_state(content.get(name)):
+                return dict(content[name])
+        if _is_state(content):
+            return dict(content)
+        found = f"the entries {', '.join(map(str, list(content)[:8]))}"
+    else:
+        found = f"a {type(content).__name__}"
+    raise VgenError(
+        f"{path} has no state dict where one is expected (flat, or under {', '.join(prefer)}): it holds {found}; "
+        "name the entry that holds the weights, or check that this is the right file"
+    )
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") or name == "constants.pkl" for name in archive.namelist())
+
+
+def _refused_name(error: pickle.UnpicklingError) -> str | None:
+    """The name that a weights-only load refused, or None when the file is merely damaged."""
+    found = re.search(r"GLOBAL ([\w.]+)|(?:class|function|type) ([\w.]+)", str(error))
+    return next((group for group in found.groups() if group), None) if found else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

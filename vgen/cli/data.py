@@ -1,0 +1,59 @@
+"""`vgen data`: build and inspect datasets."""
+
+from __future__ import annotations
+
+import argparse
+
+EPILOG = """examples:
+  vgen data emoji --out data/emoji --size 64
+  vgen data emoji --out data/emoji --archives ~/Downloads     # archives made by `npm pack` elsewhere
+  vgen data info data/emoji --sheet sheet.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    emoji = actions.add_parser("emoji", help="build the Fluent 3D emoji with captions, as WebDataset shards")
+    emoji.add_argument("--out", required=True, metavar="FOLDER", help="where the dataset goes; a rerun resumes it")
+    emoji.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: %(default)s)")
+    emoji.add_argument("--shard-size", type=int, default=1000, help="pictures per shard (default: %(default)s)")
+    emoji.add_argument("--archives", metavar="FOLDER", help="folder with both npm archives (default: fetch with npm)")
+    emoji.set_defaults(act=_emoji)
+    info = actions.add_parser("info", help="say what a dataset holds")
+    info.add_argument("path", help="an image folder, a shard or a folder of shards, or a token file")
+    info.add_argument("--split", default="train", help="which shards to read (default: %(default)s)")
+    info.add_argument("--sheet", metavar="PNG", help="also draw a contact sheet with captions")
+    info.set_defaults(act=_info)
+
+
+def run(args: argparse.Namespace) -> None:
+    args.act(args)
+
+
+def _emoji(args: argparse.Namespace) -> None:
+    from vgen.data.emoji import build_emoji
+
+    manifest = build_emoji(args.out, size=args.size, shard_size=args.shard_size, archives=args.archives)
+    counts = manifest["counts"]
+    print(
+        f"{args.out}: {counts['pictures']} pictures of {manifest['image_size']} px ({counts['train']} train, {counts['heldout']} held out), "
+        f"{counts['captions']} captions, {counts['classes']} classes; "
+        f"{counts['names_without_picture']} names without a picture, {counts['pictures_without_name']} pictures without a name (skin tones, second names)"
+    )
+
+
+def _info(args: argparse.Namespace) -> None:
+    from vgen.data.dataset import open_images
+    from vgen.data.info import contact_sheet, describe
+    from vgen.errors import VgenError
+
+    print(describe(args.path, args.split))
+    if args.sheet:
+        if not args.sheet.lower().endswith((".png", ".webp", ".jpg")):
+            raise VgenError(f"--sheet must name a .png, .webp or .jpg file, found {args.sheet}")
+        if args.path.endswith(".safetensors"):
+            raise VgenError("a token set has no pictures: --sheet needs an image folder or shards")
+        dataset = open_images(args.path, args.split)
+        shown = contact_sheet(dataset, args.sheet)
+        dataset.report_bad_files()
+        print(f"{args.sheet}: {shown} pictures")

@@ -1,0 +1,41 @@
+"""`vgen train`: trains a tokenizer or a generator from a YAML config."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EPILOG = """examples:
+  vgen train configs/emoji/tokenizer.yaml                       start, or continue after a stop, crash or kill
+  vgen train configs/emoji/tokenizer.yaml steps=2000 optimizer.lr=5e-4 out=runs/try
+  vgen train configs/emoji/tokenizer.yaml --dry-run             check the config and count parameters
+  vgen train configs/emoji/anyorder.yaml --export model/        write the model of the newest checkpoint
+  accelerate launch --num_processes 4 -m vgen.train configs/emoji/anyorder.yaml
+
+Ctrl-C finishes the step, saves and stops; the same command continues with bit-identical results."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vgen train`."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/emoji/tokenizer.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace those of the file")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config and parameter counts")
+    parser.add_argument("--allow-changes", action="store_true", help="continue a run although settings that change its weights differ")
+    parser.add_argument("--export", metavar="FOLDER", type=Path, help="do not train: write the averaged model of a checkpoint here")
+    parser.add_argument("--checkpoint", metavar="WHICH", default="last", help="with --export: last, best, or a step number")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="with --export: dtype of the weights")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks the config, then trains, exports or reports."""
+    from vgen.train.loop import describe, export_checkpoint, train
+    from vgen.train.system import load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        print(describe(config))
+    elif args.export:
+        checkpoint = export_checkpoint(config, args.checkpoint, args.export, args.dtype)
+        print(f"wrote the model of step {checkpoint.step} to {args.export}")
+    else:
+        train(config, allow_changes=args.allow_changes)

@@ -1,0 +1,165 @@
+"""Image-caption-class datasets with exact, reproducible items."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vgen.data.images import Augment, BadFile, decode_image, item_generator, shrink, view
+from vgen.data.sources import Source, open_source
+from vgen.errors import VgenError
+
+log = logging.getLogger("vgen.data")
+
+
+class EpochDataset(Dataset):
+    """A dataset whose items may differ from epoch to epoch, as a pure function of (index, epoch).
+
+    `dataset[index]` is the item of epoch 0; `dataset[index, epoch]` (what `batches` asks for) that of any epoch.
+    """
+
+    def item(self, index: int, epoch: int) -> dict:
+        raise NotImplementedError
+
+    def __getitem__(self, address: int | tuple[int, int]) -> dict:
+        index, epoch = address if isinstance(address, tuple) else (address, 0)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")  # IndexError is what ends `for item in dataset`
+        return self.item(index % len(self), epoch)
+
+
+class ImageDataset(EpochDataset):
+    """Items: `image` float32 [3, size, size] in [-1, 1], `caption` str, `label` int (-1: none), `key` str.
+
+    Shards are indexed once (offsets of all members), so every item is one seek: any order is possible, and training that resumes at
+    step s sees exactly the data it would have seen. A file that cannot be read is replaced by the next readable one, always the
+    same; bad files are counted across DataLoader workers and reported once by `report_bad_files` (which `batches` calls at its end).
+    """
+
+    def __init__(self, source: Source, size: int, augment: Augment | None = None, seed: int = 0, cache: bool = False):
+        self.source, self.size, self.augment, self.seed = source, size, augment, seed
+        self._cache: dict[int, tuple[Tensor, str, int]] | None = {} if cache else None
+        self._bad = torch.zeros(len(source.keys), dtype=torch.bool).share_memory_()  # workers write it too
+        self._reported = 0
+        self.item(0, 0)  # finds out now, not in a worker later, that nothing at all is readable
+
+    def __len__(self) -> int:
+        return len(self.source.keys)
+
+    @property
+    def kind(self) -> str:
+        return self.source.kind
+
+    @property
+    def keys(self) -> list[str]:
+        return self.source.keys
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names by label; empty when the data has none."""
+        return self.source.class_names
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """The captions of all samples, by index ("" where there is none, or none that can be read)."""
+        return [_or(self.source.caption, index, "") for index in range(len(self))]
+
+    @cached_property
+    def labels(self) -> list[int]:
+        """The labels of all samples, by index (-1: none)."""
+        return [_or(self.source.label, index, -1) for index in range(len(self))]
+
+    @property
+    def bad_files(self) -> list[str]:
+        """Keys of the samples found unreadable so far."""
+        return [self.keys[index] for index in self._bad.nonzero().flatten().tolist()]
+
+    def item(self, index: int, epoch: int) -> dict:
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            loaded = self._load(candidate)
+            if loaded is not None:
+                return self._finish(candidate, epoch, *loaded)
+        raise VgenError(
+            f"none of the {len(self)} pictures can be read, beginning with {self.keys[0]}: are they pictures?"
+        )
+
+    def readable(self) -> Iterator[dict]:
+        """Every readable item once, in order, without substitutes: for caching tokens, evaluation, contact sheets."""
+        for index in range(len(self)):
+            loaded = self._load(index)
+            if loaded is not None:
+                yield self._finish(index, 0, *loaded)
+
+    def report_bad_files(self) -> None:
+        """Logs, once per number of bad files, how many were skipped and which."""
+        bad = self.bad_files
+        if len(bad) > self._reported:
+            self._reported = len(bad)
+            names = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
+            log.warning("%d of %d samples could not be read and were skipped: %s", len(bad), len(self), names)
+
+    def _load(self, index: int) -> tuple[Tensor, str, int] | None:
+        """(uint8 picture, caption, label), or None for a bad file."""
+        if self._bad[index]:
+            return None
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        try:
+            image = shrink(decode_image(self.source.image(index)), self.size, self.augment)
+            loaded = image, self.source.caption(index), self.source.label(index)
+        except (BadFile, OSError):
+            self._bad[index] = True
+            return None
+        if self._cache is not None:
+            self._cache[index] = loaded
+        return loaded
+
+    def _finish(self, index: int, epoch: int, image: Tensor, caption: str, label: int) -> dict:
+        generator = item_generator(self.seed, epoch, index) if self.augment else None
+        image = view(image, self.size, self.augment, generator)
+        return {"image": image, "caption": caption, "label": label, "key": self.keys[index]}
+
+
+def open_images(
+    path: str | Path,
+    split: str = "train",
+    size: int = 64,
+    augment: bool | Augment = False,
+    *,
+    seed: int = 0,
+    cache: bool = False,
+) -> ImageDataset:
+    """Opens an image folder or WebDataset shards.
+
+    Args:
+        path: a folder of pictures (class = subfolder, see `FolderSource`), a folder of shards, one .tar, or a glob pattern of them.
+        split: "train", "heldout"… : shards `SPLIT-*.tar` or the subfolder SPLIT; undivided data is all "train".
+        size: side of the square images in pixels; larger pictures are resized by their short side and cropped.
+        augment: random crops and flips (`Augment` to set them); drawn from (seed, epoch, index), so items are reproducible.
+        seed: of the augmentation.
+        cache: keep decoded pictures (uint8) in memory, per process: for small data that is read many times.
+
+    Raises VgenError when the path, the split, the shards or all pictures are unusable.
+    """
+    if size < 1:
+        raise VgenError(f"the image size must be at least 1 pixel, found {size}")
+    augment = Augment() if augment is True else augment or None
+    if augment and not (0 < augment.min_scale <= 1 and 0 <= augment.flip <= 1):
+        raise VgenError(
+            f"augmentation needs 0 < min_scale <= 1 and 0 <= flip <= 1, found {augment.min_scale} and {augment.flip}"
+        )
+    return ImageDataset(open_source(path, split), size, augment, seed, cache)
+
+
+def _or(read, index: int, default):
+    try:
+        return read(index)
+    except (BadFile, OSError):
+        return default

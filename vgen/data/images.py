@@ -1,0 +1,100 @@
+"""From the bytes of a picture to a training image: decoding, shrinking, cropping, scaling to [-1, 1]."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+
+class BadFile(ValueError):
+    """A sample that cannot be read; datasets skip it and count it."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random views of a picture.
+
+    flip: probability of a left-right flip; set 0 when captions say "left" and "right" or pictures hold text.
+    min_scale: smallest side of the square crop, as a share of the short side (0 to 1]; 1 keeps the short side whole.
+    """
+
+    flip: float = 0.5
+    min_scale: float = 0.8
+
+
+def decode_image(contents: bytes) -> Tensor:
+    """The first frame of any picture Pillow reads, upright, on white -> uint8 `[3, H, W]`. Raises BadFile."""
+    try:
+        with Image.open(io.BytesIO(contents)) as image:
+            return F.pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:  # decoders raise everything from SyntaxError to struct.error at broken files
+        raise BadFile(f"not a readable picture ({error})") from error
+
+
+def shrink(image: Tensor, size: int, augment: Augment | None) -> Tensor:
+    """Reduces a uint8 `[3, H, W]` to what `view` needs at most: this is what a cache keeps."""
+    keep = size if augment is None else math.ceil(size / augment.min_scale)
+    height, width = image.shape[-2:]
+    short = min(height, width)
+    if short <= keep:
+        return image
+    shape = [max(keep, round(side * keep / short)) for side in (height, width)]
+    return F.resize(image, shape, InterpolationMode.BICUBIC, antialias=True)
+
+
+def view(image: Tensor, size: int, augment: Augment | None, generator: torch.Generator | None) -> Tensor:
+    """A square view of a uint8 `[3, H, W]` -> float32 `[3, size, size]` in [-1, 1].
+
+    Without `augment` the centre square; with it a random square (and flip) drawn from `generator` alone.
+    """
+    height, width = image.shape[-2:]
+    short = min(height, width)
+    if augment is None:
+        side, top, left, flip = short, (height - short) // 2, (width - short) // 2, False
+    else:
+        scale, y, x, coin = torch.rand(4, generator=generator).tolist()
+        side = max(1, round(short * (augment.min_scale + (1 - augment.min_scale) * scale)))
+        top, left = int(y * (height - side + 1)), int(x * (width - side + 1))
+        flip = coin < augment.flip
+    # Cropping before resizing gives the pixels of "resize the short side, crop the centre" without a huge middle step for 1 x N pictures.
+    image = F.crop(image, top, left, side, side)
+    if side != size:
+        image = F.resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    if flip:
+        image = F.horizontal_flip(image)
+    return F.normalize(F.to_dtype(image, torch.float32, scale=True), mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def item_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """The random numbers of one item: the same for any process, worker or batch that asks for (seed, epoch, index)."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        page = Image.new("RGBA", image.size, "white")
+        page.alpha_composite(image)
+        image = page
+    return image.convert("RGB")
+
+
+def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
+    """16-bit grey ("I;16…", and "I" as 16-bit files are opened) and float grey to 8 bits; Pillow's convert would clip at 255."""
+    if mode == "F":
+        values = values * (255.0 if np.nanmax(values) <= 1 else 1.0)
+    else:
+        values = values / 257.0
+    return np.nan_to_num(values).round().clip(0, 255).astype(np.uint8)

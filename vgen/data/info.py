@@ -1,0 +1,87 @@
+"""What a dataset holds, in words and as a contact sheet."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2 import functional as F
+
+from vgen.data.dataset import ImageDataset, open_images
+from vgen.data.sources import splits_of
+from vgen.data.tokens import TokenDataset
+from vgen.errors import VgenError
+from vgen.files import atomic_path
+
+
+def describe(path: str | Path, split: str = "train", examples: int = 8) -> str:
+    """Lines of text: kind, counts, classes, some captions; raises VgenError when `path` is no dataset."""
+    if Path(path).suffix == ".safetensors":
+        dataset = TokenDataset(path)
+        count, variants = len(dataset), dataset.variants
+        lines = [
+            f"samples: {count}" + (f" with {variants} variants each" if variants > 1 else ""),
+            f"tokens: grid {'x'.join(map(str, dataset.grid))}, vocabulary {dataset.vocabulary}, "
+            f"{len(dataset.tokens.unique())} codes used, tokenizer {dataset.tokenizer}",
+        ]
+    else:
+        dataset = open_images(path, split)
+        counts = {name: len(dataset if name == split else open_images(path, name)) for name in splits_of(path)}
+        lines = [
+            f"samples: {sum(counts.values())} ({', '.join(f'{count} {name}' for name, count in counts.items())})",
+            *_manifest_lines(Path(path)),
+            f"of split {split}:",
+        ]
+    lines.insert(0, f"{path}: {dataset.kind}")
+    return "\n".join([*lines, *_class_lines(dataset), *_caption_lines(dataset.captions, examples)])
+
+
+def contact_sheet(dataset: ImageDataset, out: str | Path, limit: int = 196, columns: int = 14) -> int:
+    """Writes a PNG of the first `limit` readable pictures with their captions below; returns how many there are."""
+    font = ImageFont.load_default()
+    width = max(96, dataset.size + 8)
+    height = dataset.size + 44
+    items = list(islice(dataset.readable(), limit))
+    columns = min(columns, len(items))
+    sheet = Image.new("RGB", (columns * width, -(-len(items) // columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, item in enumerate(items):
+        left, top = number % columns * width, number // columns * height
+        pixels = ((item["image"] + 1) * 127.5).round().clamp(0, 255).byte()
+        sheet.paste(F.to_pil_image(pixels), (left + (width - dataset.size) // 2, top + 2))
+        lines = textwrap.wrap(item["caption"] or item["key"], width // 6)[:3]
+        draw.multiline_text((left + 2, top + dataset.size + 4), "\n".join(lines), fill="black", font=font, spacing=1)
+    with atomic_path(out) as temporary:
+        sheet.save(temporary)
+    return len(items)
+
+
+def _class_lines(dataset: ImageDataset | TokenDataset) -> list[str]:
+    counts = Counter(label for label in dataset.labels if label >= 0)
+    if not counts:
+        return ["classes: none"]
+    names = dict(enumerate(dataset.class_names))
+    largest = ", ".join(f"{names.get(label, label)} ({count})" for label, count in counts.most_common(8))
+    return [f"classes: {len(dataset.class_names) or len(counts)}, the largest: {largest}"]
+
+
+def _caption_lines(captions: list[str], examples: int) -> list[str]:
+    given = [caption for caption in captions if caption]
+    lines = [f"captions: {len(given)} ({len(set(given))} different)"]
+    step = max(1, len(given) // max(1, examples))
+    return lines + [f"  {caption}" for caption in given[::step][:examples]]
+
+
+def _manifest_lines(path: Path) -> list[str]:
+    file = (path if path.is_dir() else path.parent) / "manifest.json"
+    if not file.is_file():
+        return []
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise VgenError(f"{file} is not JSON ({error}): build the dataset again") from error
+    return [f"licence of the {part}: {text}" for part, text in manifest.get("licences", {}).items()]

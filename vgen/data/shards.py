@@ -1,0 +1,81 @@
+"""WebDataset shards: writing them reproducibly, and random access to their samples.
+
+A shard is an uncompressed tar file; the members `KEY.png`, `KEY.json`, `KEY.txt`, `KEY.cls` (anything up to the first dot of the
+base name) belong to the sample KEY. The usual reader streams shards and shuffles in a buffer, so its order can be neither
+exact nor resumed. Here each shard is scanned once for the offsets of its members, and every read is one seek.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vgen.errors import VgenError
+from vgen.files import atomic_path
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Span:
+    """The bytes of one member inside a shard."""
+
+    shard: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        # A handle per read keeps items picklable for DataLoader workers; the system caches the pages.
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class ShardSample:
+    """One sample: its key and its members by extension (without the dot)."""
+
+    key: str
+    members: dict[str, Span]
+
+
+def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """Writes (key, {extension: bytes}) samples; the same samples give the same file, byte for byte (fixed owner, mode, times)."""
+    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for key, members in samples:
+            for extension, contents in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(contents)
+                info.mode = 0o644
+                archive.addfile(info, io.BytesIO(contents))
+
+
+def read_index(shard: Path) -> list[ShardSample]:
+    """All samples of a shard, in file order. Raises VgenError when the file is not an intact tar."""
+    samples: dict[str, dict[str, Span]] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, dot, extension = base.partition(".")
+                if not (stem and dot):
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                samples.setdefault(key, {})[extension.lower()] = Span(shard, member.offset_data, member.size)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise VgenError(f"{shard} is not an intact tar shard ({error}): build or download it again") from error
+    end = max((span.offset + span.size for members in samples.values() for span in members.values()), default=0)
+    # tarfile takes a file that was cut between two members for a whole one: only the zero block behind the last member is missing.
+    if samples and shard.stat().st_size < -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE:
+        raise VgenError(f"{shard} is not an intact tar shard (its end is missing): build or download it again")
+    return [ShardSample(key, members) for key, members in samples.items()]
+
+
+def image_member(sample: ShardSample) -> Span | None:
+    """The picture of a sample, or None."""
+    return next((span for extension, span in sample.members.items() if f".{extension}" in IMAGE_SUFFIXES), None)

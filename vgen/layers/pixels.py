@@ -1,0 +1,24 @@
+"""Between pixel tensors in [-1, 1] and PIL images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """[B, 3, H, W] in [-1, 1] -> B RGB images; values outside are clipped, rounded to the nearest of 256 levels."""
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An image -> [3, H, W] in [-1, 1]; transparency is laid on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    array = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)

@@ -1,0 +1,55 @@
+"""Llama-style transformer blocks: pre-norm, bias-free, SwiGLU (arXiv 2002.05202), optional RMS norm on queries and keys."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vgen.layers.norm import RMSNorm
+
+
+def llama_hidden(width: int, multiple_of: int = 256) -> int:
+    """SwiGLU width of the Llama family: 8/3 of `width`, rounded up to a multiple of `multiple_of`."""
+    return -(-int(8 * width / 3) // multiple_of) * multiple_of
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), dropout after w2."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0):
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H * D] -> [B, H, N, D]."""
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, N, D] -> [B, N, H * D]."""
+    return rearrange(x, "b h n d -> b n (h d)")
+
+
+def init_transformer(module: nn.Module, layers: int, std: float = 0.02) -> None:
+    """N(0, std) for every linear and embedding; projections that write to the residual stream are divided by sqrt(2 layers).
+
+    Residual scaling: GPT-2's rule, which keeps the variance of the stream independent of the depth.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            residual = name.endswith((".w2", ".output"))
+            nn.init.normal_(part.weight, std=std / (2 * layers) ** 0.5 if residual else std)
+            if getattr(part, "bias", None) is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, RMSNorm):
+            torch.nn.init.ones_(part.weight)

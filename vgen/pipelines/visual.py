@@ -1,0 +1,245 @@
+"""From words or classes to pictures: tokenizer + generator + order, through the one decode loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from vgen.errors import VgenError
+from vgen.layers.pixels import to_images, to_pixels
+from vgen.models.anyorder import AnyOrderModel
+from vgen.samplers.choice import TokenChoice
+from vgen.samplers.decode import decode
+from vgen.samplers.guidance import ClassifierFree
+from vgen.samplers.noise import PhiloxNoise
+from vgen.samplers.orders import ORDERS, make_order, read_order
+from vgen.samplers.types import Canvas, Condition, Counters, Order, Step, grid_size
+from vgen.tokenizers_vis.vq import VQModel
+
+Callback = Callable[[Step, Canvas], None]
+
+
+@dataclass
+class Stats:
+    """Cost of a run: forward passes of the backbone (calls) per batch, calls x rows, tokens fed, and the clock."""
+
+    images: int = 0
+    batches: int = 0
+    calls: int = 0
+    call_rows: int = 0
+    fed_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, counters: Counters, images: int, tokens: int) -> None:
+        """One finished batch."""
+        self.images += images
+        self.batches += 1
+        self.calls += counters.calls
+        self.call_rows += counters.call_rows
+        self.fed_tokens += counters.fed_tokens
+        self.tokens += tokens
+
+    def report(self) -> dict[str, Any]:
+        """Everything, with the rates people ask for."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            **asdict(self),
+            "calls_per_batch": self.calls / max(self.batches, 1),
+            "images_per_second": self.images / seconds,
+            "tokens_per_second": self.tokens / seconds,
+        }
+
+
+@dataclass
+class VisualOutput(BaseOutput):
+    """images: PIL images; tokens: [M, N] int64; stats: cost of the run."""
+
+    images: list[Image.Image]
+    tokens: Tensor
+    stats: Stats
+
+
+class VisualPipeline(DiffusionPipeline):
+    """A tokenizer and a generator that fit together, with the sampling settings the generator likes.
+
+    order, steps, guidance_scale, guidance_schedule, temperature, top_k, top_p: defaults of a call, saved in
+    `model_index.json`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: VQModel,
+        model: AnyOrderModel,
+        order: str = "random",
+        steps: int | None = None,
+        guidance_scale: float = 3.0,
+        guidance_schedule: str = "constant",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ):
+        super().__init__()
+        vocabulary = tokenizer.spec.vocabulary
+        if vocabulary != model.config.codes:
+            raise VgenError(f"the tokenizer has {vocabulary} codes, the generator was made for {model.config.codes}; use the tokenizer it was trained with")
+        self.register_modules(tokenizer=tokenizer, model=model)
+        self.register_to_config(
+            order=order,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+
+    @classmethod
+    def shipped(cls, name: str = "emoji", **kwargs: Any) -> VisualPipeline:
+        """A pipeline whose weights come with the package; no network needed."""
+        folder = resources.files("vgen.assets") / name
+        if not folder.is_dir():
+            raise VgenError(f"no model named {name!r} ships with vgen; give a folder written by `vgen train`")
+        return cls.from_pretrained(str(folder), **kwargs)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        class_labels: int | Sequence[int] | None = None,
+        *,
+        num_images: int = 1,
+        batch_size: int = 16,
+        order: str | Order | None = None,
+        steps: int | None = None,
+        order_options: dict[str, Any] | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        init_image: Image.Image | Path | str | None = None,
+        mask: Image.Image | Path | str | None = None,
+        callback: Callback | None = None,
+    ) -> VisualOutput:
+        """Makes `num_images` pictures for every prompt or class label.
+
+        order: a name for `make_order` (with `order_options`) or an Order; steps: forward passes where the order leaves
+        the count free; init_image and mask: white areas of the mask are made anew, tokens under black areas stay;
+        callback(step, canvas) is called after every step. Picture i depends on (seed, i) only, not on `batch_size`.
+        Raises VgenError for anything that does not fit.
+        """
+        if num_images < 1 or batch_size < 1:
+            raise VgenError(f"the number of images and the batch size must be at least 1, got {num_images} and {batch_size}")
+        condition = self._condition(prompt, class_labels, num_images)
+        guidance = ClassifierFree(
+            _first(guidance_scale, self.config.guidance_scale), _first(guidance_schedule, self.config.guidance_schedule)
+        )
+        choice = TokenChoice(
+            _first(temperature, self.config.temperature), _first(top_k, self.config.top_k), _first(top_p, self.config.top_p)
+        )
+        order = self.make_order(order, steps, seed, order_options)
+        known = self._known_tokens(init_image, mask)
+        stats, tokens = Stats(), []
+        start = time.perf_counter()
+        for begin in range(0, len(condition.ids), batch_size):
+            samples = torch.arange(begin, min(begin + batch_size, len(condition.ids)))
+            canvas = self._canvas(samples, known)
+            part = Condition(condition.ids[samples], condition.mask[samples])
+            conditions = [part, self.model.vocabulary.null(len(samples))][: len(guidance.rows)]
+            state = self.model.start(conditions, canvas)
+            for step, _ in decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples)):
+                if callback is not None:
+                    callback(step, canvas)
+            stats.add(state.counters, len(samples), len(samples) * grid_size(self.model.grid))
+            tokens.append(canvas.values)
+        images = [image for part in tokens for image in self.decode_tokens(part)]
+        stats.seconds = time.perf_counter() - start
+        return VisualOutput(images=images, tokens=torch.cat(tokens), stats=stats)
+
+    def make_order(self, order: str | Order | None, steps: int | None, seed: int, options: dict[str, Any] | None = None) -> Order:
+        """The Order of a call: the pipeline's default when nothing is asked for; `steps` and `seed` go where they fit."""
+        if order is not None and not isinstance(order, str):
+            return order
+        name = order or self.config.order
+        options = dict(options or {})
+        if steps is None and name == self.config.order:
+            steps = self.config.steps
+        known = ORDERS[read_order(name)[0]].options
+        if steps is not None:
+            options.setdefault("steps", steps)  # an order without this option says so
+        if "seed" in known:
+            options.setdefault("seed", seed)
+        return make_order(name, self.model.grid, **options)
+
+    @torch.no_grad()
+    def decode_tokens(self, tokens: Tensor) -> list[Image.Image]:
+        """[B, N] codes -> B images."""
+        return to_images(self.tokenizer.decode(tokens.to(self.device), grid=self.model.grid))
+
+    def _condition(self, prompt: str | Sequence[str] | None, labels: int | Sequence[int] | None, repeat: int) -> Condition:
+        if (prompt is None) == (labels is None):
+            raise VgenError("give either prompts or class labels, not both and not neither")
+        vocabulary = self.model.vocabulary
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            condition = vocabulary.captions(prompts, self.model.config.prefix_limit)
+        else:
+            condition = vocabulary.labels([labels] if isinstance(labels, int) else list(labels))
+        return Condition(*(t.repeat_interleave(repeat, dim=0) for t in (condition.ids, condition.mask)))
+
+    @torch.no_grad()
+    def _known_tokens(self, init_image: Any, mask: Any) -> tuple[Tensor, Tensor] | None:
+        """Codes [N] of the init image and which of them stay [N]: cells that the mask's white area does not touch."""
+        if init_image is None and mask is None:
+            return None
+        if init_image is None or mask is None:
+            raise VgenError("inpainting needs both an init image and a mask (white: make anew, black: keep)")
+        image, area = (_open(file) for file in (init_image, mask))
+        if image.size != area.size:
+            raise VgenError(f"the init image is {image.size[0]}x{image.size[1]}, its mask {area.size[0]}x{area.size[1]}; make them the same size")
+        _, rows, columns = self.model.grid
+        down = self.tokenizer.spec.downsample
+        size = (columns * down[2], rows * down[1])
+        pixels = to_pixels(image.convert("RGB") if image.mode == "P" else image)
+        if image.size != size:
+            pixels = to_pixels(to_images(pixels[None])[0].resize(size, Image.Resampling.BICUBIC))
+        codes = self.tokenizer.encode(pixels[None].to(self.device))[0]
+        white = to_pixels(area.convert("RGB").resize(size, Image.Resampling.BOX)).mean(dim=0) > -1 + 1e-3
+        stays = ~white.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).any(dim=3).any(dim=1).flatten()
+        if stays.all():
+            raise VgenError("the mask has no white area, so there is nothing to make; paint what should be made anew white")
+        return codes, stays.to(codes.device)
+
+    def _canvas(self, samples: Tensor, known: tuple[Tensor, Tensor] | None) -> Canvas:
+        canvas = Canvas.blank(self.model.grid, samples, self.device)
+        if known is not None:
+            codes, stays = known
+            canvas.values[:, stays] = codes[stays]
+            canvas.known[:, stays] = True
+        return canvas
+
+
+def _first(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _open(image: Image.Image | Path | str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        return Image.open(image)
+    except FileNotFoundError:
+        raise VgenError(f"there is no image file {image}") from None
+    except OSError as error:
+        raise VgenError(f"{image} is not an image that can be read ({error})") from None

@@ -1,0 +1,243 @@
+"""Caching the visual tokens of a dataset: every split of a folder through a frozen tokenizer, resumable, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from vgen.data.dataset import ImageDataset, open_images
+from vgen.data.images import Augment
+from vgen.data.sources import splits_of
+from vgen.data.tokens import write_tokens
+from vgen.errors import VgenError
+from vgen.files import atomic_path, sha256, write_json
+from vgen.samplers.types import grid_size
+from vgen.tokenizers_vis.base import to_uint8
+from vgen.tokenizers_vis.vq import VQModel
+from vgen.train.metrics import psnr
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+PART = 4096  # pictures per part: what a kill can cost at most
+
+
+@dataclass(frozen=True)
+class View:
+    """One variant of every picture: the plain one, its mirror image, or random view number `epoch` of an augmented dataset."""
+
+    dataset: ImageDataset
+    epoch: int = 0
+    mirror: bool = False
+
+    def pixels(self, index: int) -> Tensor:
+        """[3, size, size] in [-1, 1]."""
+        image = self.dataset[index, self.epoch]["image"]
+        return image.flip(-1) if self.mirror else image
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What caching one split found. psnr: mean over the plain pictures, decoded again (dB); used, perplexity: of the codes."""
+
+    split: str
+    images: int
+    variants: int
+    skipped: int
+    psnr: float
+    used: int
+    perplexity: float
+    vocabulary: int
+    path: str
+
+    def __str__(self) -> str:
+        views = f" x {self.variants} views" if self.variants > 1 else ""
+        skipped = f", {self.skipped} unreadable pictures skipped" if self.skipped else ""
+        return (
+            f"{self.split}: {self.images} pictures{views}{skipped}; round trip {self.psnr:.2f} dB; {self.used} of {self.vocabulary} codes "
+            f"in use (perplexity {self.perplexity:.0f}); {self.path}"
+        )
+
+
+def load_tokenizer(folder: str | Path) -> tuple[VQModel, Path]:
+    """The tokenizer of a model folder (or of a pipeline folder's `tokenizer/`) and the folder that holds its weights."""
+    folder = Path(folder)
+    for candidate in (folder, folder / "tokenizer"):
+        if (candidate / WEIGHTS_FILE).is_file() and (candidate / "config.json").is_file():
+            kind = json.loads((candidate / "config.json").read_text(encoding="utf-8")).get("_class_name")
+            if kind != VQModel.__name__:
+                raise VgenError(f"{candidate} holds a {kind}, expected a {VQModel.__name__}; name the folder of a tokenizer")
+            return VQModel.from_pretrained(candidate).eval().requires_grad_(False), candidate
+    raise VgenError(f"{folder} holds no tokenizer (config.json and {WEIGHTS_FILE}); `vgen train` writes one to RUN/model")
+
+
+def cache_tokens(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    size: int | None = None,
+    flips: bool = False,
+    variants: int = 0,
+    min_scale: float = 0.8,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = print,
+) -> list[SplitReport]:
+    """Writes `out/SPLIT.safetensors` and `.json` (`vgen.data.tokens.TokenDataset`) for every split of `data`.
+
+    size: side in pixels (None: what the dataset's manifest says); flips: add the mirror image of every training picture; variants:
+    add so many random crops of at least `min_scale` of a side (mirrored at random with `flips`). Other splits stay plain. Finished
+    splits of the same tokenizer, data and settings are kept; an interrupted split continues after its last part.
+    """
+    if batch_size < 1 or variants < 0 or not 0 < min_scale <= 1:
+        raise VgenError(
+            f"expected batch size >= 1, variants >= 0 and min scale in (0, 1], found {batch_size}, {variants} and {min_scale}"
+        )
+    data, out = Path(data), Path(out)
+    if out.is_file():
+        raise VgenError(f"{out} is a file, expected a folder to write")
+    size = size or _manifest_size(data)
+    tokenizer, folder = load_tokenizer(model)
+    tokenizer.spec.grid(size, size)
+    tokenizer.to(device)
+    digest = sha256(folder / WEIGHTS_FILE)
+    reports = []
+    for split in splits_of(data):
+        plain = open_images(data, split, size)
+        views = [View(plain)]
+        if split == "train":
+            augmented = open_images(data, split, size, Augment(flip=0.5 if flips else 0.0, min_scale=min_scale))
+            views += [View(plain, mirror=True)] if flips else []
+            views += [View(augmented, epoch=number) for number in range(variants)]
+        settings = [digest, str(data.resolve()), split, size, flips, variants, min_scale, plain.keys]
+        identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        report = _finished(out, split, identity)
+        if report is None:
+            report = _cache_split(tokenizer, folder, digest, plain, views, out, split, size, identity, batch_size)
+            write_json(_report_path(out, split), {"identity": identity, **asdict(report)})
+        reports.append(report)
+        say(str(report))
+    return reports
+
+
+def _report_path(out: Path, split: str) -> Path:
+    return out / f"{split}.report.json"
+
+
+def _finished(out: Path, split: str, identity: str) -> SplitReport | None:
+    """The report of a split that is already there, made from the same tokenizer, data and settings."""
+    path = _report_path(out, split)
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    complete = record.pop("identity") == identity and Path(record["path"]).is_file()
+    return SplitReport(**record) if complete else None
+
+
+def _cache_split(
+    tokenizer: VQModel,
+    folder: Path,
+    digest: str,
+    dataset: ImageDataset,
+    views: Sequence[View],
+    out: Path,
+    split: str,
+    size: int,
+    identity: str,
+    batch_size: int,
+) -> SplitReport:
+    parts = out / f".{split}-{identity[:16]}"  # another tokenizer, other data or settings: another folder
+    for old in out.glob(f".{split}-*") if out.is_dir() else ():
+        if old != parts:
+            shutil.rmtree(old, ignore_errors=True)
+    parts.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(dataset), PART)
+    with tqdm(total=len(dataset), desc=split, unit="image", disable=None) as bar:
+        for start in starts:
+            stop = min(start + PART, len(dataset))
+            path = parts / f"{start:09d}.safetensors"
+            if not path.is_file():
+                part = _encode(tokenizer, dataset, views, range(start, stop), batch_size, bar)
+                with atomic_path(path) as temporary:
+                    save_file(part, temporary)
+            else:
+                bar.update(stop - start)
+    loaded = [load_file(parts / f"{start:09d}.safetensors") for start in starts]
+    whole = {key: torch.cat([part[key] for part in loaded]) for key in ("tokens", "psnr", "index")}
+    indices = whole["index"].tolist()
+    target = out / f"{split}.safetensors"
+    _report_path(out, split).unlink(missing_ok=True)  # the old report must not vouch for half-written new files
+    write_tokens(
+        target,
+        whole["tokens"] if len(views) > 1 else whole["tokens"][:, 0],
+        captions=[dataset.captions[i] for i in indices],
+        labels=[dataset.labels[i] for i in indices],
+        keys=[dataset.keys[i] for i in indices],
+        grid=tokenizer.spec.grid(size, size),
+        vocabulary=tokenizer.spec.vocabulary,
+        tokenizer=str(folder),
+        tokenizer_sha256=digest,
+        class_names=dataset.class_names,
+    )
+    shutil.rmtree(parts)
+    counts = torch.bincount(whole["tokens"].flatten().long(), minlength=tokenizer.spec.vocabulary).double()
+    perplexity = math.exp(torch.special.entr(counts / counts.sum()).sum())
+    return SplitReport(
+        split=split,
+        images=len(indices),
+        variants=len(views),
+        skipped=len(dataset) - len(indices),
+        psnr=whole["psnr"].mean().item(),
+        used=int((counts > 0).sum()),
+        perplexity=perplexity,
+        vocabulary=tokenizer.spec.vocabulary,
+        path=str(target),
+    )
+
+
+@torch.no_grad()
+def _encode(
+    tokenizer: VQModel, dataset: ImageDataset, views: Sequence[View], indices: range, batch_size: int, bar: tqdm
+) -> dict[str, Tensor]:
+    """tokens [M, A, N] int32, psnr [M] of the plain view, index [M] of the readable pictures."""
+    # A dataset replaces an unreadable picture by the next readable one: its key tells.
+    tokens, quality, kept = [], [], []
+    for start in range(0, len(indices), batch_size):
+        wanted = indices[start : start + batch_size]
+        readable = [i for i in wanted if dataset[i]["key"] == dataset.keys[i]]
+        bar.update(len(wanted))
+        if not readable:
+            continue
+        codes = []
+        for number, view in enumerate(views):
+            pixels = torch.stack([view.pixels(i) for i in readable]).to(tokenizer.device)
+            codes.append(tokenizer.encode(pixels))
+            if number == 0:
+                grid = tokenizer.spec.grid(*pixels.shape[-2:])
+                quality.append(psnr(to_uint8(pixels), to_uint8(tokenizer.decode(codes[0], grid=grid))).float().cpu())
+        tokens.append(torch.stack(codes, dim=1).to("cpu", torch.int32))
+        kept += readable
+    count = grid_size(tokenizer.spec.grid(dataset.size, dataset.size))
+    empty = torch.empty(0, len(views), count, dtype=torch.int32)
+    return {
+        "tokens": torch.cat([empty, *tokens]),
+        "psnr": torch.cat([torch.empty(0), *quality]),
+        "index": torch.tensor(kept, dtype=torch.int64),
+    }
+
+
+def _manifest_size(data: Path) -> int:
+    path = data / "manifest.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["image_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VgenError(f"{data} has no manifest.json that names an image size; give it with --size") from error

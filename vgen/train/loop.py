@@ -1,0 +1,390 @@
+"""The training loop: any system, 1..n processes, exact resume.
+
+What makes resume exact: batches are addressed by their number, every random draw is seeded by (seed, step, process), schedules are functions
+of the step, and a checkpoint holds weights, averages and optimizer states. Nothing else carries over from one step to the next.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from vgen.errors import VgenError
+from vgen.files import atomic_folder, atomic_path
+from vgen.train.checkpoint import Checkpoint, Trainee, checkpoints, load, prune, remove_leftovers, save
+from vgen.train.config import TrainConfig, differences, merge, read_yaml, save_config, to_dict, to_yaml
+from vgen.train.log import RunLog
+from vgen.train.optim import Average, learning_rate, make_optimizers
+from vgen.train.seeds import derived_seed, step_generator
+from vgen.train.system import Loss, System, build_system
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a call of `train` ended. steps: optimizer steps done in the run's life; finished: all of them; model: exported folder."""
+
+    folder: Path
+    steps: int
+    finished: bool
+    seconds: float
+    figures: dict[str, float]
+    model: Path | None
+
+
+class Trainer:
+    """A system with everything around it, for one process."""
+
+    def __init__(self, config: TrainConfig, allow_changes: bool = False):
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.folder = Path(config.out)
+        AcceleratorState._reset_state()  # one process may train several systems in turn (notebooks, tests)
+        # find_unused_parameters stays off: an objective must use its whole network. Buffers follow the main process.
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)]
+        )
+        self.main = self.accelerator.is_main_process
+        _check_same_run(self.folder / "config.yaml", config, allow_changes)
+        torch.manual_seed(derived_seed(config.seed, "initialisation"))
+        self.system: System = build_system(config, self.accelerator.device)
+        if self.accelerator.is_fsdp2 and len(self.system.networks) > 1:
+            names = ", ".join(self.system.networks)
+            raise VgenError(f"FSDP2 shards one network, {config.system} trains {names}; launch it with plain data parallelism")
+        self.trainees = {name: self._prepare(name, network) for name, network in self.system.networks.items()}
+        self.system.networks = {name: trainee.network for name, trainee in self.trainees.items()}
+        self.leading = next(iter(self.trainees))  # its objective is "the loss" in logs
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.watch = Watch()
+        self.figures: dict[str, float] = {}
+
+    def _prepare(self, name: str, network: nn.Module) -> Trainee:
+        if self.config.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        optimizers = make_optimizers(network, self.system.optimizers[name])
+        network, *prepared = self.accelerator.prepare(network, *optimizers)
+        averaged = self.config.ema_decay and name in self.system.averaged
+        average = Average(self.accelerator.unwrap_model(network), self.config.ema_decay) if averaged else None
+        return Trainee(network, [wrapper.optimizer for wrapper in prepared], average)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts a checkpoint's state back."""
+        load(self.accelerator, checkpoint, self.trainees)
+        self.figures = {key: value for key, value in checkpoint.state.items() if key not in ("step", "score")}
+
+    def save(self, step: int, score: float | None) -> Path:
+        """Writes a checkpoint after `step` steps and drops old ones."""
+        path = save(self.accelerator, self.folder / "checkpoints", step, self.trainees, {"score": score, **self.figures})
+        if self.main:
+            prune(self.folder / "checkpoints", self.config.keep, self.system.score[1] if self.system.score else 0)
+        return path
+
+    def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes the averaged model with `save_pretrained`."""
+        with self.averaged_weights():
+            if self.main:
+                with atomic_folder(folder) as temporary:
+                    self.system.export(temporary, dtype)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Averaged weights in place, networks in evaluation mode, no gradients."""
+        with ExitStack() as stack:
+            for trainee in self.trainees.values():
+                trainee.network.eval()
+                if trainee.average:
+                    stack.enter_context(trainee.average.applied())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.accelerator.autocast())
+            yield
+        for trainee in self.trainees.values():
+            trainee.network.train()
+
+    def evaluate(self, step: int, log: RunLog) -> float | None:
+        """Held-out figures after `step` steps, logged; returns the score that ranks checkpoints."""
+        with self.averaged_weights():
+            values = self.system.evaluate(step)
+        if not values:
+            return None
+        log.figures(step, values, kind="held_out")
+        self.figures = {**self.figures, **values}
+        return values[self.system.score[0]] if self.system.score else None
+
+    def preview(self, step: int) -> None:
+        """Writes `previews/step_*.png`."""
+        torch.manual_seed(derived_seed(self.config.seed, "preview"))
+        with self.averaged_weights():
+            picture = self.system.preview(step)
+        if picture is not None and self.main:
+            with atomic_path(self.folder / "previews" / f"step_{step:08d}.png") as temporary:
+                picture.save(temporary)
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, batches: Iterator[dict[str, Any]]) -> None:
+        """Optimizer step number `step` (0-based) of every network, over `accumulate` batches."""
+        config, logs = self.config, {}
+        for name, trainee in self.trainees.items():
+            rate = learning_rate(self.system.optimizers[name], step, config.steps)
+            for optimizer in trainee.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+        for micro in range(config.accumulate):
+            batch = self._to_device(next(batches))
+            generator = step_generator(config.seed, step, micro, self.rank, device=self.accelerator.device)
+            last = micro == config.accumulate - 1
+            with ExitStack() as stack:
+                if not last:
+                    for trainee in self.trainees.values():
+                        stack.enter_context(self.accelerator.no_sync(trainee.network))
+                for loss in self.system.losses(batch, step, generator):
+                    self.accelerator.backward(loss.value / config.accumulate)
+                    key = "loss" if loss.network == self.leading else f"loss_{loss.network}"
+                    _accumulate(logs, loss, key, config.accumulate)
+                    if last:
+                        logs[f"grad_norm_{loss.network}"] = self._update(loss.network, step)
+        self.watch.add(step, logs)
+
+    def _update(self, name: str, step: int) -> Tensor:
+        trainee, clip = self.trainees[name], self.system.optimizers[name].clip
+        parameters = [p for p in trainee.network.parameters() if p.grad is not None]
+        norm = self.accelerator.clip_grad_norm_(parameters, clip or math.inf)
+        for optimizer in trainee.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if trainee.average:
+            trainee.average.update(step)
+        return torch.as_tensor(norm).detach()
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        layout = torch.channels_last if self.config.channels_last else torch.preserve_format
+        moved = {}
+        for key, value in batch.items():
+            if isinstance(value, Tensor):
+                value = value.to(self.accelerator.device, non_blocking=True)
+                value = value.contiguous(memory_format=layout) if value.dim() == 4 else value
+            moved[key] = value
+        return moved
+
+
+class Watch:
+    """Figures of the steps since the last look, left on the device: one synchronisation per look, not per step."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []
+
+    def add(self, step: int, logs: dict[str, Tensor]) -> None:
+        """Remembers the figures of step number `step`."""
+        self.pending.append((step, logs))
+
+    def collect(self, last_checkpoint: Path | None) -> dict[str, float]:
+        """Means over the pending steps. Raises VgenError at the first loss or gradient norm that is not finite."""
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for step, logs in self.pending:
+            values = torch.stack([value.float().reshape(()) for value in logs.values()]).tolist()
+            for key, value in zip(logs, values):
+                if not math.isfinite(value):
+                    rescue = f"the last checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
+                    raise VgenError(
+                        f"{key} became {value} at step {step + 1} and training stopped; {rescue}. Lower the learning rate, "
+                        "lengthen the warm-up, or use precision=no"
+                    )
+                sums[key] = sums.get(key, 0.0) + value
+                counts[key] = counts.get(key, 0) + 1
+        self.pending.clear()
+        return {key: total / counts[key] for key, total in sums.items()}
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into "finish this step, save, stop"; a second signal acts at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python handles signals there only
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = signal.Signals(number)
+        self.__exit__()
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+
+def train(config: TrainConfig, allow_changes: bool = False) -> Summary:
+    """Trains, or continues, the run in `config.out` until `config.steps` steps are done.
+
+    config: from `load_config`. allow_changes: continue a run although settings that change its weights differ.
+    Raises VgenError for a run folder of another config, a broken checkpoint, or a loss that is not finite.
+    """
+    started = time.monotonic()
+    trainer = Trainer(config, allow_changes)
+    system, folder, main = trainer.system, trainer.folder, trainer.main
+    found = checkpoints(folder / "checkpoints")
+    newest = found[-1] if found else None
+    if main:
+        remove_leftovers(folder / "checkpoints")
+        save_config(config, folder / "config.yaml")
+    if newest:
+        trainer.restore(newest)
+    first = newest.step if newest else 0
+    log = RunLog(folder, first, config.steps, system.items, config.tensorboard, main)
+    log.say(_opening(trainer, first))
+    last_checkpoint, saved_at, looked_at = newest.folder if newest else None, time.monotonic(), time.monotonic()
+    looked_step, done, reason = first, first, None
+    batches = system.batches(first * config.accumulate, trainer.rank, trainer.world)
+
+    with StopRequest() as request:
+        while done < config.steps and not reason:
+            trainer.step(done, batches)
+            averages = {name: t.average.values for name, t in trainer.trainees.items() if t.average}
+            generator = step_generator(config.seed, done, "after", device=trainer.accelerator.device)
+            for message in system.after_step(done, generator, averages):
+                log.say(f"step {done + 1}: {message}")
+            done += 1
+            log.advance()
+
+            over = config.time_limit_minutes and time.monotonic() - started > 60 * config.time_limit_minutes
+            minutes = (time.monotonic() - saved_at) / 60
+            stop, due = _agree(
+                trainer.accelerator,
+                bool(request.signal or over),
+                bool(config.checkpoint_minutes and minutes >= config.checkpoint_minutes),
+            )
+            reason = (request.signal.name if request.signal else "the time limit") if stop else None
+            ends = done == config.steps or stop
+            evaluating = bool(config.evaluate_every) and (_due(config.evaluate_every, done) or done == config.steps)
+            previewing = bool(config.preview_every) and (_due(config.preview_every, done) or done == config.steps)
+            # An evaluated step is saved, so that the best checkpoint can be kept.
+            saving = ends or due or _due(config.checkpoint_every, done) or evaluating
+            if not (_due(config.log_every, done) or saving or previewing):
+                continue
+
+            values = trainer.watch.collect(last_checkpoint)
+            rows = (done - looked_step) * config.batch_size * config.accumulate * trainer.world
+            values[f"{system.items}_per_second"] = rows / (time.monotonic() - looked_at)
+            values["lr"] = learning_rate(system.optimizers[trainer.leading], done - 1, config.steps)
+            log.figures(done, values)
+            trainer.figures = {**trainer.figures, "loss": values["loss"]}
+            score = trainer.evaluate(done, log) if evaluating else None
+            if previewing:
+                trainer.preview(done)
+            if saving:
+                last_checkpoint, saved_at = trainer.save(done, score), time.monotonic()
+                log.say(f"step {done}: saved {last_checkpoint}")
+            looked_step, looked_at = done, time.monotonic()
+
+    log.close()
+    finished = done == config.steps
+    model = folder / "model" if finished else None
+    if model and (first < config.steps or not model.exists()):
+        trainer.export(model)
+    seconds = time.monotonic() - started
+    if main:
+        print(_closing(trainer, done, seconds, reason, model), file=sys.stderr)
+    trainer.accelerator.end_training()
+    return Summary(folder, done, finished, seconds, trainer.figures, model)
+
+
+def describe(config: TrainConfig) -> str:
+    """The resolved config as YAML and the parameter counts; the data is opened, nothing is trained or written."""
+    system = build_system(config, torch.device("cpu"))
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in system.networks.items()}
+    return "\n".join([to_yaml(config).rstrip(), *(f"# {name}: {count:,} parameters" for name, count in counts.items())])
+
+
+def export_checkpoint(config: TrainConfig, which: str, target: Path, dtype: str = "float32") -> Checkpoint:
+    """Writes the averaged model of a checkpoint of the run `config.out` to `target`; the run itself is left alone.
+
+    which: "last", "best", or a step number; dtype: float32, float16 or bfloat16, for the exported weights.
+    """
+    trainer = Trainer(config, allow_changes=True)
+    found = checkpoints(trainer.folder / "checkpoints")
+    if not found:
+        raise VgenError(f"{trainer.folder} has no checkpoint yet; train first: vgen train CONFIG")
+    by_name = {str(checkpoint.step): checkpoint for checkpoint in found} | {"last": found[-1]}
+    scored = [checkpoint for checkpoint in found if checkpoint.state.get("score") is not None]
+    if trainer.system.score and scored:
+        by_name["best"] = max(scored, key=lambda checkpoint: trainer.system.score[1] * checkpoint.state["score"])
+    if which not in by_name:
+        raise VgenError(f"{trainer.folder} has no checkpoint {which!r}; it has {', '.join(by_name)}")
+    trainer.restore(by_name[which])
+    trainer.export(target, getattr(torch, dtype))
+    return by_name[which]
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _agree(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
+    """A flag raised by any process is raised in all: clocks and signals differ, collective calls must not."""
+    if accelerator.num_processes == 1:
+        return flags
+    raised = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device))
+    return tuple(bool(value) for value in raised.tolist())
+
+
+def _accumulate(logs: dict[str, Tensor], loss: Loss, key: str, parts: int) -> None:
+    for name, value in {key: loss.value, **loss.logs}.items():
+        value = torch.as_tensor(value).detach() / parts
+        logs[name] = logs[name] + value if name in logs else value
+
+
+def _check_same_run(path: Path, config: TrainConfig, allow_changes: bool) -> None:
+    if not path.is_file() or allow_changes:
+        return
+    if (system := read_yaml(path).get("system")) != config.system:
+        raise VgenError(f"{path.parent} holds a run of system {system}, not {config.system}; choose another out= folder")
+    # Merged onto today's defaults: a setting that vgen gained since then is no difference.
+    changed = differences(to_dict(merge(type(config), read_yaml(path))), to_dict(config))
+    if changed:
+        raise VgenError(
+            f"{path.parent} holds a run with other settings ({'; '.join(changed)}); choose another out= folder, delete it, "
+            "or continue it with --allow-changes"
+        )
+
+
+def _opening(trainer: Trainer, first: int) -> str:
+    config = trainer.config
+    sizes = ", ".join(
+        f"{name} {sum(p.numel() for p in t.network.parameters()) / 1e6:.2f} M" for name, t in trainer.trainees.items()
+    )
+    rows = config.batch_size * config.accumulate * trainer.world
+    start = f"continues after step {first}" if first else "starts"
+    return (
+        f"{config.system} {start} in {trainer.folder}: {sizes} parameters, {rows} {trainer.system.items} a step, "
+        f"{trainer.accelerator.device.type} x {trainer.world}, precision {config.precision}, {torch.get_num_threads()} threads"
+    )
+
+
+def _closing(trainer: Trainer, done: int, seconds: float, reason: str | None, model: Path | None) -> str:
+    figures = ", ".join(f"{key} {value:.4g}" for key, value in trainer.figures.items())
+    if model:
+        return f"finished {done} steps ({seconds / 60:.1f} min in this call): {figures}; model in {model}"
+    return f"stopped by {reason} after step {done} of {trainer.config.steps}, saved; run the same command again to continue ({figures})"

@@ -1,0 +1,1 @@
+"""Pictures of what vgen does: decode orders (orders.py)."""

@@ -1,0 +1,71 @@
+"""The picture appearing step by step: what was known after every step of a decode run, as an animation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vgen.errors import VgenError
+from vgen.files import atomic_path
+from vgen.samplers.types import Canvas, Step
+from vgen.viz.sheets import sheet
+
+BLANK = (226, 228, 232)  # cells that are not decoded yet
+
+
+class Trace:
+    """Collects the canvas of one batch after every step; pass it as `callback` and render it afterwards.
+
+    limit: how many samples of the first batch are kept.
+    """
+
+    def __init__(self, limit: int = 16):
+        self.limit = limit
+        self.states: list[tuple[Tensor, Tensor]] = []
+        self.closed = False
+
+    def __call__(self, step: Step, canvas: Canvas) -> None:
+        if step.index == 0:
+            self.closed = bool(self.states)  # a second batch begins: the animation shows the first
+        if not self.closed:
+            self.states.append((canvas.values[: self.limit].cpu().clone(), canvas.known[: self.limit].cpu().clone()))
+
+    def frames(
+        self,
+        decode: Callable[[Tensor], list[Image.Image]],
+        grid: tuple[int, int, int],
+        labels: Sequence[str] | None = None,
+        scale: int = 2,
+    ) -> list[Image.Image]:
+        """One sheet a step. decode: tokens [B, N] -> B images; undecoded cells are blank."""
+        return [
+            sheet(
+                [_blank(image, known.view(grid)[-1]) for image, known in zip(decode(values), mask)],
+                labels,
+                scale=scale,
+                title=f"step {index + 1} of {len(self.states)}",
+            )
+            for index, (values, mask) in enumerate(self.states)
+        ]
+
+
+def _blank(image: Image.Image, known: Tensor) -> Image.Image:
+    """Paints the cells that are not known ([H, W] bool)."""
+    mask = Image.fromarray((~known).to(torch.uint8).mul(255).numpy()).resize(image.size, Image.Resampling.NEAREST)
+    image = image.copy()
+    image.paste(BLANK, mask=mask)
+    return image
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | Path, milliseconds: int = 180, hold: int = 2000) -> None:
+    """Writes a .gif or .webp that rests `hold` milliseconds on its last frame. Raises VgenError for other suffixes."""
+    path = Path(path)
+    if path.suffix.lower() not in (".gif", ".webp"):
+        raise VgenError(f"an animation is written as .gif or .webp, got {path.name!r}")
+    durations = [milliseconds] * (len(frames) - 1) + [hold]
+    with atomic_path(path) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
