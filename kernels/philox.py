@@ -120,7 +120,14 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> dict[str, Any
     """Arguments of `philox_u32` for a case."""
     positions = torch.arange(case.B * case.m, device=device).view(case.B, case.m) * 7
     samples = torch.arange(case.B, device=device) + 2**32 - case.B
-    return dict(seed=2**32 - 5, samples=samples, positions=positions, step=case.step, stream=3, elements=case.elements)
+    return {
+        "seed": 2**32 - 5,
+        "samples": samples,
+        "positions": positions,
+        "step": case.step,
+        "stream": 3,
+        "elements": case.elements,
+    }
 
 
 @torch.no_grad()

@@ -19,7 +19,9 @@ class TokenChoice:
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
-            raise VgenError(f"the temperature must be at least 0 (0: always the likeliest token), got {self.temperature}")
+            raise VgenError(
+                f"the temperature must be at least 0 (0: always the likeliest token), got {self.temperature}"
+            )
         if self.top_k < 0:
             raise VgenError(f"top-k must be a positive count, or 0 for all tokens, got {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -17,7 +17,9 @@ from torch import Tensor
 from vgen.errors import VgenError, nearest
 from vgen.samplers.types import Step
 
-Schedule = Callable[[float, float], float]  # (share known before, share known after the step) -> share of the way from 1 to scale
+Schedule = Callable[
+    [float, float], float
+]  # (share known before, share known after the step) -> share of the way from 1 to scale
 
 SCHEDULES: dict[str, Schedule] = {
     "constant": lambda before, after: 1.0,
@@ -44,7 +46,9 @@ class ClassifierFree:
                 f"unknown guidance schedule {self.schedule!r}{nearest(self.schedule, SCHEDULES)}; known: {', '.join(SCHEDULES)}"
             )
         if not math.isfinite(self.scale) or self.scale < 0:
-            raise VgenError(f"the guidance scale must be a finite number of at least 0 (1: no guidance), got {self.scale}")
+            raise VgenError(
+                f"the guidance scale must be a finite number of at least 0 (1: no guidance), got {self.scale}"
+            )
 
     @property
     def rows(self) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """Step sizes: how many of the N tokens each of the K forward passes decodes.
 
-`step_sizes` is what vgen's own orders use: exactly K positive sizes for every 1 <= K <= N. The functions named after a paper
-reproduce that paper's counts, rounding included, and are what its published checkpoints were sampled with. The guidance and
-temperature ramps that are tied to such a count stand beside it. Everything here is a pure function of host numbers.
+`step_sizes` is what vgen's own orders use: exactly K positive sizes for every 1 <= K <= N. The functions named after a
+paper reproduce that paper's counts, rounding included, and are what its published checkpoints were sampled with. The
+guidance and temperature ramps that are tied to such a count stand beside it. Everything here is a pure function of host
+numbers.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _check(tokens: int, steps: int) -> None:
 
 
 def arpg_sizes(tokens: int, steps: int, schedule: str = "arccos") -> list[int]:
-    """Tokens per pass of ARPG (arXiv 2503.10568, released sampler). schedule: 'arccos' or 'cosine'; 1 <= steps <= tokens."""
+    """Tokens per pass of ARPG (arXiv 2503.10568): 'arccos' or 'cosine' schedule; 1 <= steps <= tokens."""
     _check(tokens, steps)
     if schedule not in ("arccos", "cosine"):
         raise VgenError(f"ARPG's schedules are 'arccos' and 'cosine', got {schedule!r}")
@@ -100,8 +101,8 @@ def arpg_sizes(tokens: int, steps: int, schedule: str = "arccos") -> list[int]:
 def randar_sizes(tokens: int, steps: int) -> list[int]:
     """Tokens per pass of RandAR (arXiv 2412.01827, released sampler).
 
-    steps: `num_inference_steps`; -1 means one token a pass. The first pass always decodes one token, so steps = 1 gives two
-    passes; more steps than tokens give one token a pass.
+    steps: `num_inference_steps`; -1 means one token a pass. The first pass always decodes one token, so steps = 1 gives
+    two passes; more steps than tokens give one token a pass.
     """
     steps = tokens if steps == -1 else steps
     if steps < 1:
@@ -195,8 +196,8 @@ def lumos_temperatures(steps: int, frames: int, start: float = 1.0) -> list[floa
 def lumos_history(length: int, ratio: float) -> torch.Tensor:
     """Evenly spaced content slots of a finished frame that Lumos-1 hides when it writes the frame to the cache.
 
-    length: content tokens of one frame, row ends included. ratio: share to hide. Returns [max(1, round(ratio * length))]
-    int64, ascending; computed in fp32 as released.
+    length: content tokens of one frame, row ends included. ratio: share to hide. Returns
+    [max(1, round(ratio * length))] int64, ascending; computed in fp32 as released.
     """
     count = max(1, round(ratio * length))
     slots = torch.arange(count, dtype=torch.float32) * (length / count)
@@ -205,8 +206,8 @@ def lumos_history(length: int, ratio: float) -> torch.Tensor:
 
 # ---- LPD: published group sizes --------------------------------------------------------------------------------------
 
-# Group sizes of LPD (arXiv 2507.01957) by (tokens, steps), in order; "2*46" is 46 groups of two tokens. They are tables, not
-# a formula: only 256/20 and 1024/48 follow the cosine rule of `lpd_sizes` exactly.
+# Group sizes of LPD (arXiv 2507.01957) by (tokens, steps), in order; "2*46" is 46 groups of two tokens. They are
+# tables, not a formula: only 256/20 and 1024/48 follow the cosine rule of `lpd_sizes` exactly.
 LPD_TABLES = {
     (256, 256): "1*256",
     (256, 128): "1*41 2*46 3*41",

@@ -22,7 +22,9 @@ def as_grid(shape: int | Sequence[int]) -> Grid:
     """`N` -> (1, 1, N); `(H, W)` -> (1, H, W); `(T, H, W)` unchanged. Raises VgenError for anything else."""
     sizes = (shape,) if isinstance(shape, int) else tuple(int(s) for s in shape)
     if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
-        raise VgenError(f"a grid is N, HxW or TxHxW with sizes of at least 1, got {'x'.join(map(str, sizes)) or 'nothing'}")
+        raise VgenError(
+            f"a grid is N, HxW or TxHxW with sizes of at least 1, got {'x'.join(map(str, sizes)) or 'nothing'}"
+        )
     return (1,) * (3 - len(sizes)) + sizes  # type: ignore[return-value]
 
 
@@ -132,9 +134,13 @@ class Canvas:
         """
         positions = positions.expand(self.batch, -1) if positions.dim() == 1 else positions
         if keep is not None and count < positions.shape[1]:
-            chosen = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]  # kept ones, in target order
+            chosen = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
+                :, :count
+            ]  # kept ones, in target order
             positions = positions.gather(1, chosen)
-            values = values.gather(1, chosen if values.dim() == 2 else chosen[..., None].expand(-1, -1, values.shape[-1]))
+            values = values.gather(
+                1, chosen if values.dim() == 2 else chosen[..., None].expand(-1, -1, values.shape[-1])
+            )
         self.values.scatter_(1, positions if values.dim() == 2 else positions[..., None].expand_as(values), values)
         self.known.scatter_(1, positions, True)
         self.fresh = positions

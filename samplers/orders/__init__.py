@@ -1,4 +1,4 @@
-"""Decode orders: which positions of the grid are decoded in which call. `make_order(name, grid, **options)` makes one."""
+"""Decode orders: which positions are decoded in which call. `make_order(name, grid, **options)` makes one."""
 
 from vgen.samplers.orders.base import BaseOrder, FixedOrder, OrderStep, PermutedOrder
 from vgen.samplers.orders.registry import ORDERS, OrderKind, make_order, read_order

@@ -35,7 +35,7 @@ class OrderStep(Step):
 
 @dataclass(frozen=True)
 class Call:
-    """One planned call. `targets` is evaluated when the loop reaches it, so an adaptive order sees the canvas of that time.
+    """One planned call. `targets` is evaluated when the loop reaches it: adaptive orders see the canvas of that time.
 
     span: what `Step.unknown` counts over: calls with equal spans (a phase, a frame).
     """
@@ -75,7 +75,7 @@ class BaseOrder(ABC):
         """
 
     def steps(self, canvas: Canvas) -> Iterator[OrderStep]:
-        """One step per call. Raises VgenError when the canvas has another size or unequal numbers of unknown positions."""
+        """One step per call. Raises VgenError for a canvas of another size or with unequal unknown counts."""
         calls = self.plan(canvas)
         start: dict[tuple[int, ...], int] = {}
         for call in calls:
@@ -137,8 +137,9 @@ class BaseOrder(ABC):
 class FixedOrder(BaseOrder):
     """The same groups of positions for every sample.
 
-    groups: K tensors or lists of positions, each position exactly once, decoded in their order (the order inside a group
-    is kept: it is the order in which a model is fed). phases: one per group (default 0). feeds: one per group (ZipAR).
+    groups: K tensors or lists of positions, each position exactly once, decoded in their order (the order inside a
+    group is kept: it is the order in which a model is fed). phases: one per group (default 0). feeds: one per group
+    (ZipAR).
 
     Known positions are dropped, and so are groups that become empty. Samples with different masks get targets [B, m]:
     with equally many unknown positions in every group the groups stay as they are; else each sample's order, restricted

@@ -18,8 +18,8 @@ from vgen.samplers.types import Canvas, Draw, Grid, Noise, grid_size
 class ConfidenceOrder(BaseOrder):
     """Every call predicts all unknown positions and keeps the `Step.keep` with the highest score + Gumbel noise.
 
-    The noise is scaled by temperature * (1 - share of the calls done), 0 in the last call; equal scores keep the earlier
-    position. How many stay is known on the host, so shapes are static; which ones stay never leaves the device.
+    The noise is scaled by temperature * (1 - share of the calls done), 0 in the last call; equal scores keep the
+    earlier position. How many stay is known on the host, so shapes are static; which ones stay never leaves the device.
     """
 
     varies = "chosen by the model"

@@ -1,4 +1,4 @@
-"""Diagonal orders, one token per call, and the coordinates and directions DAR feeds to its network (arXiv 2503.11129)."""
+"""Diagonal orders, one token per call, and the coordinates and directions that DAR uses (arXiv 2503.11129)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ START, JUMP = 4, 5
 def diagonal(grid: Grid, way: str, first: str) -> FixedOrder:
     """45-degree diagonals, frame after frame: N calls.
 
-    way: 'zigzag' alternates the direction, so that consecutive tokens always touch (the JPEG order); 'oneway' scans every
-    diagonal the same way (DAR's ablation). first: 'right' or 'down', the first move of the zig-zag; 'down' is the transpose.
+    way: 'zigzag' alternates the direction, so that consecutive tokens always touch (the JPEG order); 'oneway' scans
+    every diagonal the same way (DAR's ablation). first: 'right' or 'down', the first move of the zig-zag; 'down' is the
+    transpose.
     """
     frame, row, column = grid_coordinates(grid).unbind(dim=1)
     along = row if first == "right" else column  # the coordinate that grows along an odd (or one-way) diagonal
@@ -33,15 +34,16 @@ def diagonal(grid: Grid, way: str, first: str) -> FixedOrder:
 def scan_coordinates(order: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """(row, column) of the current and of the predicted token for each of the N inputs: [N, 2] int64 each.
 
-    order: [N] raster positions in decode order. Input 0 is the class token at (0, 0); tokens count rows and columns from 1.
+    order: [N] raster positions in decode order. Input 0 is the class token at (0, 0); tokens count rows and columns
+    from 1.
     """
     target = torch.stack((order // width, order % width), dim=1) + 1
     return torch.cat((torch.zeros_like(target[:1]), target[:-1])), target
 
 
 def move_directions(order: Tensor, width: int) -> Tensor:
-    """Direction id of the move that each of the N inputs makes: [N] int64; `START` for the class token, else `DIRECTIONS`
-    (or `JUMP`, for orders other than the zig-zag)."""
+    """Direction id of the move that each of the N inputs makes: [N] int64; `START` for the class token, else
+    `DIRECTIONS` (or `JUMP`, for orders other than the zig-zag)."""
     cells = torch.stack((order // width, order % width), dim=1)
     moves = (cells[1:] - cells[:-1]).tolist()
     return torch.tensor([START, *(DIRECTIONS.get((down, right), JUMP) for down, right in moves)])

@@ -36,7 +36,8 @@ def regions(grid: Grid, n: int) -> FixedOrder:
     splits = _splits(height, width)
     if n not in splits:
         raise VgenError(
-            f"regions-{n} does not divide a {height}x{width} grid into {n} equal rectangles; n can be {', '.join(map(str, splits))}"
+            f"regions-{n} does not divide a {height}x{width} grid into {n} equal rectangles; "
+            f"n can be {', '.join(map(str, splits))}"
         )
     rows, columns = splits[n]
     cells = rearrange(
@@ -70,7 +71,7 @@ def blocks(grid: Grid, size: tuple[int, int]) -> FixedOrder:
 
 
 def halton(grid: Grid, steps: int | None, schedule: str) -> FixedOrder:
-    """A low-discrepancy order: every prefix covers the grid evenly (Halton scheduler, arXiv 2503.17076). `steps` calls."""
+    """Low discrepancy: every prefix covers the grid evenly (Halton scheduler, arXiv 2503.17076). `steps` calls."""
     sizes = step_sizes(grid_size(grid), steps or default_steps(grid_size(grid)), schedule)
     return FixedOrder(f"halton-{len(sizes)}", grid, halton_rank(grid).argsort().split(sizes))
 
@@ -78,7 +79,8 @@ def halton(grid: Grid, steps: int | None, schedule: str) -> FixedOrder:
 def hierarchical(grid: Grid, steps: int | None, schedule: str) -> FixedOrder:
     """Coarse to fine: positions on multiples of 2^k first, then 2^(k-1), …; one call per level unless `steps` is given.
 
-    The idea of RandAR's resolution extrapolation (arXiv 2412.01827), over all powers of two; low-discrepancy in a level.
+    The idea of RandAR's resolution extrapolation (arXiv 2412.01827), over all powers of two;
+    low-discrepancy in a level.
     """
     axes = [axis for axis, side in enumerate(grid) if side > 1]
     deepest = (max(grid) - 1).bit_length()
@@ -93,7 +95,7 @@ def hierarchical(grid: Grid, steps: int | None, schedule: str) -> FixedOrder:
 
 
 def halton_rank(grid: Grid) -> Tensor:
-    """[N] int64: the place of each position in the order in which the Halton points (bases 5, 2, 3) first fall on it."""
+    """[N] int64: the rank of each position by the first Halton point (bases 5, 2, 3) that falls on it."""
     bases = [(axis, side, base) for axis, (side, base) in enumerate(zip(grid, (5, 2, 3))) if side > 1]
     # Every position contains a base-b interval of length b^-k as soon as b^k >= 2 * side; the first prod(b^k) points of
     # the sequence fall on each box of such intervals exactly once, so that many points reach every position.
@@ -114,6 +116,6 @@ def halton_rank(grid: Grid) -> Tensor:
 
 
 def grouped(name: str, grid: Grid, call: Tensor) -> FixedOrder:
-    """The order that decodes position p in call `call[p]` ([N] integers; gaps are closed), raster order inside a call."""
+    """Decodes position p in call `call[p]` ([N] integers; gaps are closed), in raster order inside a call."""
     sizes = call.unique(return_counts=True)[1]
     return FixedOrder(name, grid, call.argsort(stable=True).split(sizes.tolist()))

@@ -26,8 +26,9 @@ def given(grid: Grid, source: Any, sizes: Sequence[int] | None, steps: int | Non
     order: a permutation [N] of raster positions, one per call, or cut by `sizes`, or by `steps` and `schedule`.
     groups: a list of lists of positions, one list per call. steps: a table of step numbers in the shape of the grid;
     equal numbers are decoded together, gaps are closed. {"order" | "groups" | "steps": …} in a .json says which; else a
-    flat list is an order, a nested list that holds every position once is groups, and other nested lists, arrays and .txt
-    files with a row of numbers per row of the grid are step tables. Raises VgenError unless every position occurs exactly once.
+    flat list is an order, a nested list that holds every position once is groups, and other nested lists, arrays and
+    .txt files with a row of numbers per row of the grid are step tables. Raises VgenError unless every position occurs
+    exactly once.
     """
     name = f"given-{source}" if isinstance(source, (str, Path)) else "given"
     form, value = _form(_load(source), grid, name)

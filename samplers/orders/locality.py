@@ -87,8 +87,8 @@ def locality_sequence(
     """Positions in decode order, [sum(sizes)] int64.
 
     proximity: lowest score (sum of 1/distance over decoded cells of the 3x3 window) that counts as close. repulsion:
-    cells of one call are more than this many rows or columns apart, as far as close cells allow it. known: positions that are decoded
-    already; without any, the first call starts from one random cell.
+    cells of one call are more than this many rows or columns apart, as far as close cells allow it. known: positions
+    that are decoded already; without any, the first call starts from one random cell.
     """
     cells = grid_coordinates(grid).numpy()
     scores = np.zeros([side + 2 for side in grid])  # one cell of margin: windows need no bounds checks

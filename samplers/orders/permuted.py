@@ -29,6 +29,6 @@ def random_order(grid: Grid, steps: int | None, schedule: str, seed: int) -> Ran
 
 
 def free_steps(grid: Grid, steps: int, schedule: str) -> Callable[[int], list[int]]:
-    """The size rule of orders with a free number of steps. Raises VgenError when the grid has fewer positions than steps."""
+    """The size rule of orders with a free number of steps. Raises VgenError for more steps than positions."""
     step_sizes(grid_size(grid), steps, schedule)  # a wrong count or name is an error now, not in the middle of a run
     return lambda tokens: step_sizes(tokens, min(steps, tokens), schedule)

@@ -22,7 +22,7 @@ from vgen.samplers.types import Grid, as_grid
 
 @dataclass(frozen=True)
 class Reader:
-    """How an option's value, or its text on the command line, is read. parse raises ValueError or TypeError otherwise."""
+    """How an option's value, or its text on the command line, is read; `parse` raises for anything else."""
 
     parse: Callable[[Any], Any]
     expects: str
@@ -88,7 +88,7 @@ class Option:
 
 @dataclass(frozen=True)
 class OrderKind:
-    """One row of the table. short: the option that `name-VALUE` sets; nested: VALUE may itself be an order with options."""
+    """One row of the table. short: the option that `name-VALUE` sets; nested: VALUE may be an order with options."""
 
     build: Callable[..., BaseOrder]
     summary: str
@@ -224,10 +224,11 @@ ORDERS: dict[str, OrderKind] = {
 def make_order(name: str, grid: int | tuple[int, ...], **options: Any) -> BaseOrder:
     """The order `name` on `grid`.
 
-    name: a key of `ORDERS`, or with its main option: 'regions-4', 'zip-3', 'blocks-4x2', 'random-32', 'frames-confidence-8',
-    or with any options as on the command line: 'random:steps=32,schedule=linear'. grid: N, (H, W) or (T, H, W).
-    options: see `ORDERS[name].options`; None leaves the default. Raises VgenError for an unknown name or option, a value out
-    of range, and a grid that the order does not fit.
+    name: a key of `ORDERS`, or with its main option: 'regions-4', 'zip-3', 'blocks-4x2', 'random-32',
+    'frames-confidence-8', or with any options as on the command line: 'random:steps=32,schedule=linear'. grid:
+    N, (H, W) or (T, H, W).
+    options: see `ORDERS[name].options`; None leaves the default. Raises VgenError for an unknown name or option, a
+    value out of range, and a grid that the order does not fit.
     """
     kind_name, written = read_order(name)
     kind = ORDERS[kind_name]

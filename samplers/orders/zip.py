@@ -16,8 +16,8 @@ def zip_rows(grid: Grid, window: int, faithful: bool) -> FixedOrder:
     """Row r + 1 starts as soon as row r holds `window` tokens: column c of row r is decoded in call r * window + c.
 
     T * (W + (H - 1) * min(window, W)) calls, frame after frame; a full-width window is raster order, window 1 is the
-    anti-diagonal wavefront. faithful: the released LlamaGen variant instead (`llamagen_schedule`), whose steps carry the
-    substitutes it feeds for row ends that are not decoded yet: 2W + (H - 2) * window calls, pictures only.
+    anti-diagonal wavefront. faithful: the released LlamaGen variant instead (`llamagen_schedule`), whose steps carry
+    the substitutes it feeds for row ends that are not decoded yet: 2W + (H - 2) * window calls, pictures only.
     """
     if faithful:
         return _faithful(grid, window)
@@ -28,7 +28,7 @@ def zip_rows(grid: Grid, window: int, faithful: bool) -> FixedOrder:
 
 @dataclass(frozen=True)
 class Fed:
-    """A token fed in one call: the value of position `source` enters at position `slot` and answers `predicted` (-1: none).
+    """A token fed in one call: the value of `source` enters at position `slot` and answers `predicted` (-1: none).
 
     slot and source -1: the condition. source != slot: a substitute.
     """
@@ -42,9 +42,9 @@ def llamagen_schedule(height: int, width: int, window: int) -> list[list[Fed]]:
     """What the released LlamaGen variant feeds in each call (spec: rows of equal calls, rows ascending).
 
     Row 0 is decoded alone and row 1 starts after it; from row 1 on the window rule holds. The first token of row r >= 2
-    needs the last token of row r - 1: the newest token of row r - 2 stands in for it, and when row r - 1 is complete its
-    true last token is fed once more, only to refresh the cache. window >= width is raster decoding (the released code
-    breaks there); window 1 is refused, as released.
+    needs the last token of row r - 1: the newest token of row r - 2 stands in for it, and when row r - 1 is complete
+    its true last token is fed once more, only to refresh the cache. window >= width is raster decoding (the released
+    code breaks there); window 1 is refused, as released.
     """
     if window < 2:
         raise VgenError(f"faithful zip needs a window of at least 2 tokens, got {window}")

@@ -12,12 +12,12 @@ from vgen.kernels.choose_tokens import choose_tokens
 from vgen.kernels.philox import philox_gumbel
 
 
-def survivors(logits, impl, **options) -> list[int]:
+def survivors(logits, impl, temperature=1.0, **options) -> list[int]:
     """The tokens that the filters leave of `logits` [V]: one row per token whose noise lifts that token above all others."""
     size = len(logits)
     lift = 1e4 * torch.eye(size, device=logits.device)[None]
     tokens, _ = choose_tokens(
-        logits.expand(1, 1, size, size), [1.0], temperature=1.0, gumbel=lift, impl=impl, **options
+        logits.expand(1, 1, size, size), [1.0], temperature=temperature, gumbel=lift, impl=impl, **options
     )
     return (tokens[0].cpu() == torch.arange(size)).nonzero().flatten().tolist()
 
@@ -42,17 +42,18 @@ def definition(logits, top_k=0, top_p=1.0) -> list[int]:
 
 
 @pytest.mark.parametrize("options", [
-    dict(top_k=4), dict(top_k=12), dict(top_k=99), dict(top_p=0.0), dict(top_p=0.77), dict(top_p=0.9999), dict(top_k=7, top_p=0.613),
+    {"top_k": 4}, {"top_k": 12}, {"top_k": 99}, {"top_p": 0.0}, {"top_p": 0.77}, {"top_p": 0.9999}, {"top_k": 7, "top_p": 0.613},
 ], ids=str)  # fmt: skip
 def test_the_survivors_are_those_of_the_definition(options, impl, device):
     rng = torch.Generator().manual_seed(5)
     logits = torch.randint(-4, 5, (13,), generator=rng) / 2  # many ties, both signs
-    logits[3], logits[4] = 0.0, -0.0  # equal numbers, different bits
     assert survivors(logits.to(device), impl, **options) == definition(logits, **options)
 
 
 def test_ties_with_the_kth_largest_stay(impl, device):
     assert survivors(torch.tensor([2.0, 1.0, 3.0, 1.0, 0.0, 1.0], device=device), impl, top_k=3) == [0, 1, 2, 3, 5]
+    tiny = torch.tensor([0.0, -1e-45, 1.0, -1.0], device=device)  # divided by 100: -0, equal to 0 but with other bits
+    assert survivors(tiny, impl, temperature=100.0, top_k=2) == [0, 1, 2]
 
 
 def test_the_token_that_crosses_top_p_stays(impl, device):
@@ -61,12 +62,23 @@ def test_the_token_that_crosses_top_p_stays(impl, device):
     assert survivors(logits, impl, top_p=0.4) == [1]
     assert survivors(logits, impl, top_p=0.0) == [1]
     assert survivors(torch.zeros(4, device=device), impl, top_p=0.4) == [0, 1]  # equal: lower tokens first
+    assert survivors(torch.zeros(4, device=device), impl, top_p=0.5) == [0, 1, 2]  # not more than top_p before token 2
 
 
 def test_top_p_acts_on_the_survivors_of_top_k(impl, device):
-    logits = torch.tensor([0.4, 0.2, 0.2, 0.2], device=device).log()
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1], device=device).log()
     assert survivors(logits, impl, top_p=0.5) == [0, 1]
-    assert survivors(logits, impl, top_k=1, top_p=0.5) == [0]
+    assert survivors(logits, impl, top_k=2, top_p=0.5) == [0]
+
+
+def test_equal_tokens_are_counted_across_the_blocks_of_the_kernel(impl, device):
+    lift = torch.zeros(1, 4, 1500, device=device)
+    for row, token in enumerate((1023, 1200, 1201, 1499)):
+        lift[0, row, token] = 1.0
+    tokens, _ = choose_tokens(
+        torch.zeros_like(lift)[None], [1.0], temperature=1.0, top_p=0.8002, gumbel=lift, impl=impl
+    )
+    assert tokens.tolist() == [[1023, 1200, 0, 0]]  # 1201 / 1500 is more than 0.8002
 
 
 def test_guidance_temperature_and_confidence(impl, device):
@@ -90,6 +102,8 @@ def test_greedy_takes_the_first_maximum_and_needs_no_noise(impl, device):
     tokens, log_prob = choose_tokens(logits, [1.0], temperature=0, top_k=1, top_p=0.1, impl=impl)
     assert tokens.tolist() == [[1], [0]]
     torch.testing.assert_close(log_prob, logits[0].log_softmax(-1).amax(-1), rtol=1e-5, atol=1e-5)
+    equal = torch.zeros(1, 1, 1, 1500, device=device)  # two blocks of the kernel
+    assert choose_tokens(equal, [1.0], temperature=0, impl=impl)[0].item() == 0
 
 
 def test_minus_infinity_is_never_drawn(impl, device):
@@ -104,9 +118,12 @@ def test_minus_infinity_is_never_drawn(impl, device):
 
 def test_the_fused_noise_is_philox_gumbel(impl, device):
     logits = torch.randn(1, 2, 3, 21, generator=torch.Generator().manual_seed(2)).to(device)
-    counter = dict(
-        samples=torch.tensor([8, 3]), positions=torch.tensor([[5, 2, 0], [1, 9, 4]], device=device), step=2, stream=4
-    )
+    counter = {
+        "samples": torch.tensor([8, 3]),
+        "positions": torch.tensor([[5, 2, 0], [1, 9, 4]], device=device),
+        "step": 2,
+        "stream": 4,
+    }
     noise = philox_gumbel(7, elements=21, **counter)
     fused = choose_tokens(logits, [1.0], temperature=1.0, seed=7, **counter, impl=impl)
     taped = choose_tokens(logits, [1.0], temperature=1.0, gumbel=noise, impl=impl)
@@ -116,7 +133,7 @@ def test_the_fused_noise_is_philox_gumbel(impl, device):
 def test_a_token_does_not_depend_on_its_batch(impl, device):
     logits = torch.randn(2, 4, 5, 33, generator=torch.Generator().manual_seed(3)).to(device)
     samples, positions = torch.tensor([4, 0, 17, 2]), torch.tensor([30, 2, 5, 11, 1], device=device)
-    common = dict(temperature=1.0, top_k=20, seed=9, step=1, impl=impl)
+    common = {"temperature": 1.0, "top_k": 20, "seed": 9, "step": 1, "impl": impl}
     tokens, log_prob = choose_tokens(logits, [2.0, -1.0], samples=samples, positions=positions, **common)
     some = torch.tensor([3, 1])
     for b in range(4):
@@ -158,20 +175,20 @@ def test_any_strides(impl, device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(logits=torch.zeros(2, 3, 4)), r"logits must be floats \[R, B, m, V\]"),
-        (dict(weights=[1.0]), r"weights must be \[R\] = \[2\]"),
-        (dict(temperature=-1.0), "temperature must be 0"),
-        (dict(temperature=math.nan), "temperature must be 0"),
-        (dict(top_k=-1), "top_k must be 0"),
-        (dict(top_p=1.5), "top_p must lie in 0"),
-        (dict(seed=None), "needs noise"),
-        (dict(positions=torch.arange(5)), r"noise is for \[1, 5\]"),
-        (dict(gumbel=torch.zeros(1, 3, 5)), r"gumbel must be \[B, m, V\] = \[1, 3, 4\]"),
+        ({"logits": torch.zeros(2, 3, 4)}, r"logits must be floats \[R, B, m, V\]"),
+        ({"weights": [1.0]}, r"weights must be \[R\] = \[2\]"),
+        ({"temperature": -1.0}, "temperature must be 0"),
+        ({"temperature": math.nan}, "temperature must be 0"),
+        ({"top_k": -1}, "top_k must be 0"),
+        ({"top_p": 1.5}, "top_p must lie in 0"),
+        ({"seed": None}, "needs noise"),
+        ({"positions": torch.arange(5)}, r"noise is for \[1, 5\]"),
+        ({"gumbel": torch.zeros(1, 3, 5)}, r"gumbel must be \[B, m, V\] = \[1, 3, 4\]"),
     ],
 )
 def test_errors(change, message):
-    arguments = dict(
-        logits=torch.zeros(2, 1, 3, 4), weights=[2.0, -1.0], temperature=1.0, seed=0, samples=torch.arange(1), positions=torch.arange(3)
-    )  # fmt: skip
+    arguments = {
+        "logits": torch.zeros(2, 1, 3, 4), "weights": [2.0, -1.0], "temperature": 1.0, "seed": 0, "samples": torch.arange(1), "positions": torch.arange(3)
+    }  # fmt: skip
     with pytest.raises(VgenError, match=message):
         choose_tokens(**(arguments | change))

@@ -109,7 +109,14 @@ def test_floats_stay_inside_their_range():
 
 
 def test_distributions():
-    key = dict(seed=3, samples=torch.arange(8), positions=torch.arange(16), step=1, stream=0, elements=1025)
+    key = {
+        "seed": 3,
+        "samples": torch.arange(8),
+        "positions": torch.arange(16),
+        "step": 1,
+        "stream": 0,
+        "elements": 1025,
+    }
     u, g, n = (draw(**key).double() for draw in (philox_uniform, philox_gumbel, philox_normal))
     count = u.numel()
     for values, mean, variance, kurtosis in (
@@ -121,20 +128,27 @@ def test_distributions():
         assert abs(values.var() - variance) < 4 * variance * ((kurtosis - 1) / count) ** 0.5
     pairs = n[..., :1024].unflatten(-1, (512, 2))
     assert abs((pairs[..., 0] * pairs[..., 1]).mean()) < 4 / pairs[..., 0].numel() ** 0.5
-    assert torch.equal(n[..., :5], philox_normal(**(key | dict(elements=5))).double())
+    assert torch.equal(n[..., :5], philox_normal(**(key | {"elements": 5})).double())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(seed=-1), "seed must lie in 0"),
-        (dict(step=2**32), "step must lie in 0"),
-        (dict(stream=torch.tensor(0.5)), "stream must be an integer"),
-        (dict(samples=torch.tensor(3)), r"samples \[B\]"),
-        (dict(positions=torch.zeros(3, 1, dtype=torch.long)), r"positions \[m\] or \[B, m\]"),
+        ({"seed": -1}, "seed must lie in 0"),
+        ({"step": 2**32}, "step must lie in 0"),
+        ({"stream": torch.tensor(0.5)}, "stream must be an integer"),
+        ({"samples": torch.tensor(3)}, r"samples \[B\]"),
+        ({"positions": torch.zeros(3, 1, dtype=torch.long)}, r"positions \[m\] or \[B, m\]"),
     ],
 )
 def test_errors(change, message):
-    arguments = dict(seed=0, samples=torch.arange(2), positions=torch.arange(3), step=0, stream=0, elements=4)
+    arguments = {
+        "seed": 0,
+        "samples": torch.arange(2),
+        "positions": torch.arange(3),
+        "step": 0,
+        "stream": 0,
+        "elements": 4,
+    }
     with pytest.raises(VgenError, match=message):
         philox_u32(**(arguments | change))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vgen.errors import VgenError
 from vgen.models.anyorder import SIZES, AnyOrderModel, size_config
 from vgen.models.vocabulary import Vocabulary
@@ -148,6 +149,7 @@ def test_padding_of_other_prompts_changes_nothing(vocabulary):
 
 def test_flex_attention_masks_equal_the_dense_ones():
     from torch.nn.attention.flex_attention import flex_attention
+
     from vgen.layers.attention import StepCausal, attend
 
     torch.manual_seed(0)

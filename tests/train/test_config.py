@@ -40,7 +40,7 @@ def test_file_and_overrides_merge(tmp_path):
         (["optimizer.warmup_step=1"], ["`optimizer.warmup_step`", "did you mean 'warmup_steps'"]),
         (["steps=many"], ["many", "steps"]),
         (["optimizer.lr=[1]"], ["optimizer.lr"]),
-        (["optimizer=3"], ["optimizer"]),
+        (["optimizer=3"], ["optimizer is a group of settings", "found 3"]),
         (["steps=0"], ["steps must be above 0, found 0"]),
         (["precision=fp16"], ["precision must be one of no, bf16", "'fp16'"]),
         (["optimizer.schedule=cosin"], ["optimizer.schedule", "did you mean 'cosine'"]),
@@ -89,7 +89,12 @@ def test_differences_name_what_changes_the_weights(tmp_path):
 
 
 def test_overrides_parse_as_yaml():
-    assert parse_overrides(["a.b=1e-3", "c=[1,2]", "d=null", "e=x=y"]) == {"a": {"b": 1e-3}, "c": [1, 2], "d": None, "e": "x=y"}
+    assert parse_overrides(["a.b=1e-3", "c=[1,2]", "d=null", "e=x=y"]) == {
+        "a": {"b": 1e-3},
+        "c": [1, 2],
+        "d": None,
+        "e": "x=y",
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_schedule_stays_in_range(steps, warmup, final, schedule):
     rates = [learning_rate(config, step, steps) for step in range(steps)]
     assert all(0 <= rate <= 1 and math.isfinite(rate) for rate in rates)
     after = rates[warmup:]
-    assert all(late <= early + 1e-12 for early, late in zip(after, after[1:]))
+    assert all(late <= early + 1e-12 for early, late in pairwise(after))
 
 
 def test_average_follows_its_recursion_and_gives_weights_back():

@@ -24,6 +24,7 @@ class Config(TrainConfig):
     pause: float = 0.0  # seconds a step takes
     poison: int = 0  # step (from 1) whose loss is not a number; 0: none
     adversarial: bool = True
+    batch_norm: bool = True
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -42,7 +43,8 @@ class TinySystem:
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        layers = nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(16, 4)
+        norm = nn.BatchNorm1d(16) if config.batch_norm else nn.LayerNorm(16)
+        layers = nn.Linear(4, 16), norm, nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(16, 4)
         self.networks: dict[str, nn.Module] = {"regressor": nn.Sequential(*layers)}
         self.optimizers = {"regressor": config.optimizer}
         if config.adversarial:
@@ -70,7 +72,9 @@ class TinySystem:
         yield Loss("regressor", error, {"output": made.detach().abs().mean()})
         if self.config.adversarial:
             judged = self.networks["critic"](torch.cat((x, made.detach().float())))
-            yield Loss("critic", (judged.float() - torch.arange(2.0).repeat_interleave(len(x))[:, None]).square().mean())
+            yield Loss(
+                "critic", (judged.float() - torch.arange(2.0).repeat_interleave(len(x))[:, None]).square().mean()
+            )
 
     def after_step(self, step: int, generator: Generator, averages: dict[str, dict[str, Tensor]]) -> list[str]:
         return []
@@ -83,7 +87,9 @@ class TinySystem:
         return {"error": (self.regressor(x).float() - x.flip(-1)).square().mean().item()}
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
-        save_file({key: value.to(dtype) for key, value in self.regressor.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {key: value.to(dtype) for key, value in self.regressor.state_dict().items()}, folder / "model.safetensors"
+        )
 
     @staticmethod
     def _row(number: int) -> Tensor:

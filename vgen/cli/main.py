@@ -21,7 +21,9 @@ COMMANDS = {
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands; only the module of `command` is imported, so that `vgen --help` is instant."""
-    parser = argparse.ArgumentParser(prog="vgen", description="Autoregressive image and video generation: any tokenizer, any generator, any order.")
+    parser = argparse.ArgumentParser(
+        prog="vgen", description="Autoregressive image and video generation: any tokenizer, any generator, any order."
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module_name, summary) in COMMANDS.items():
         chosen = name == command

@@ -50,33 +50,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vgen sample`, in groups."""
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompt", action="append", metavar="TEXT", help="what the picture shows; repeatable")
-    what.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; empty lines and lines with # are skipped")
-    what.add_argument("--class-label", action="append", type=int, metavar="K", help="class number instead of a prompt; repeatable")
+    what.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="one prompt a line; empty lines and lines with # are skipped"
+    )
+    what.add_argument(
+        "--class-label", action="append", type=int, metavar="K", help="class number instead of a prompt; repeatable"
+    )
     what.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures for each prompt (default 1)")
-    what.add_argument("--model", default="emoji", metavar="NAME|FOLDER", help="a shipped model or a folder written by `vgen train` (default emoji)")
+    what.add_argument(
+        "--model",
+        default="emoji",
+        metavar="NAME|FOLDER",
+        help="a shipped model or a folder written by `vgen train` (default emoji)",
+    )
     what.add_argument("--list-words", action="store_true", help="print the words the model knows and stop")
     how = parser.add_argument_group("how to decode")
-    how.add_argument("--order", metavar="ORDER", help="decode order, e.g. raster, neighbor, regions-4, zip-3, locality (default: the model's)")
-    how.add_argument("--order-option", action="append", default=[], metavar="KEY=VALUE", help="an option of the order; repeatable")
+    how.add_argument(
+        "--order",
+        metavar="ORDER",
+        help="decode order, e.g. raster, neighbor, regions-4, zip-3, locality (default: the model's)",
+    )
+    how.add_argument(
+        "--order-option", action="append", default=[], metavar="KEY=VALUE", help="an option of the order; repeatable"
+    )
     how.add_argument("--steps", type=int, metavar="N", help="forward passes, for orders whose number of steps is free")
-    how.add_argument("--guidance-scale", type=float, metavar="S", help="classifier-free guidance; 1 is none (default: the model's)")
-    how.add_argument("--guidance-schedule", metavar="NAME", help="constant, linear, linear-before, cosine, power-cosine")
-    how.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token (default: the model's)")
+    how.add_argument(
+        "--guidance-scale", type=float, metavar="S", help="classifier-free guidance; 1 is none (default: the model's)"
+    )
+    how.add_argument(
+        "--guidance-schedule", metavar="NAME", help="constant, linear, linear-before, cosine, power-cosine"
+    )
+    how.add_argument(
+        "--temperature", type=float, metavar="T", help="0 always takes the likeliest token (default: the model's)"
+    )
     how.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all")
     how.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to probability P; 1: all")
     how.add_argument("--seed", type=int, default=0, help="0 to 4294967295 (default 0)")
     paint = parser.add_argument_group("in- and outpainting")
     paint.add_argument("--init-image", type=Path, metavar="FILE", help="the picture to start from")
-    paint.add_argument("--mask", type=Path, metavar="FILE", help="white areas are made anew, tokens under black areas stay")
+    paint.add_argument(
+        "--mask", type=Path, metavar="FILE", help="white areas are made anew, tokens under black areas stay"
+    )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--batch-size", type=int, default=16, metavar="B", help="pictures decoded together (default 16)")
+    machine.add_argument(
+        "--batch-size", type=int, default=16, metavar="B", help="pictures decoded together (default 16)"
+    )
     machine.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best there is)")
-    machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default float32)")
-    machine.add_argument("--compile", action="store_true", help="torch.compile the transformer blocks (pays off for many pictures)")
+    machine.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default float32)"
+    )
+    machine.add_argument(
+        "--compile", action="store_true", help="torch.compile the transformer blocks (pays off for many pictures)"
+    )
     out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path, default=Path("outputs/samples.png"), metavar="PATH", help="a .png or .webp file (one picture, or a labelled grid), else a folder of numbered PNGs")
+    out.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/samples.png"),
+        metavar="PATH",
+        help="a .png or .webp file (one picture, or a labelled grid), else a folder of numbered PNGs",
+    )
     out.add_argument("--trace", type=Path, metavar="FILE.gif", help="animation of the pictures appearing step by step")
-    out.add_argument("--json", action="store_true", help="settings, seconds, images/s, calls and tokens/s as the last line of stdout")
+    out.add_argument(
+        "--json", action="store_true", help="settings, seconds, images/s, calls and tokens/s as the last line of stdout"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -99,7 +136,13 @@ def run(args: argparse.Namespace) -> None:
     trace = Trace() if args.trace else None
     count = args.num_images * len(prompts or args.class_label)
     order = pipe.make_order(args.order, args.steps, args.seed, options)
-    bar = tqdm(total=math.ceil(count / max(args.batch_size, 1)) * order.calls, unit="call", desc="decoding", delay=1, leave=False)
+    bar = tqdm(
+        total=math.ceil(count / max(args.batch_size, 1)) * order.calls,
+        unit="call",
+        desc="decoding",
+        delay=1,
+        leave=False,
+    )
 
     def after_step(step, canvas):
         bar.update()
@@ -138,30 +181,51 @@ def run(args: argparse.Namespace) -> None:
         print(f"step by step: {args.trace}")
     if args.json:
         chosen = {key: pipe.config.get(key) if value is None else value for key, value in settings.items()}
-        print(json.dumps({"model": args.model, "order": order.name, **chosen, "batch_size": args.batch_size, "dtype": args.dtype, "device": str(pipe.device), "out": str(args.out), **report}))
+        print(
+            json.dumps(
+                {
+                    "model": args.model,
+                    "order": order.name,
+                    **chosen,
+                    "batch_size": args.batch_size,
+                    "dtype": args.dtype,
+                    "device": str(pipe.device),
+                    "out": str(args.out),
+                    **report,
+                }
+            )
+        )
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str = "float32") -> VisualPipeline:
     """A shipped model by name, or a pipeline folder. Raises VgenError when there is neither."""
     import torch
+    from diffusers.utils.logging import disable_progress_bar
 
     from vgen.pipelines.visual import VisualPipeline
 
+    disable_progress_bar()  # loading takes a second; its bar would only hide our own lines
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     folder = Path(model)
     options: dict[str, Any] = {"torch_dtype": getattr(torch, dtype)}
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise VgenError(f"{model} has no model_index.json, so it is not a vgen pipeline; give the folder that `vgen train` exported")
+            raise VgenError(
+                f"{model} has no model_index.json, so it is not a vgen pipeline; give the folder that `vgen train` exported"
+            )
         pipe = VisualPipeline.from_pretrained(str(folder), **options)
     elif folder.is_file():
-        raise VgenError(f"{model} is a file; --model takes the name of a shipped model or a pipeline folder with a model_index.json")
+        raise VgenError(
+            f"{model} is a file; --model takes the name of a shipped model or a pipeline folder with a model_index.json"
+        )
     else:
         pipe = VisualPipeline.shipped(model, **options)
     try:
         return pipe.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise VgenError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise VgenError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
+        ) from None
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -171,7 +235,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         try:
             lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise VgenError(f"the prompt file {args.prompt_file} cannot be read ({error}); give a UTF-8 text file, one prompt a line") from None
+            raise VgenError(
+                f"the prompt file {args.prompt_file} cannot be read ({error}); give a UTF-8 text file, one prompt a line"
+            ) from None
         prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not prompts:
             raise VgenError(f"the prompt file {args.prompt_file} has no prompts; write one a line")
@@ -206,5 +272,3 @@ def _save(images: list[Image.Image], labels: list[str], out: Path) -> None:
     for index, image in enumerate(images):
         with atomic_path(out / f"{index:05d}.png") as temporary:
             image.save(temporary)
-
-

@@ -15,13 +15,21 @@ Writes OUT/SPLIT.safetensors and OUT/SPLIT.json for every split. Interrupted, th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vgen tokenize`."""
-    parser.add_argument("--model", required=True, metavar="FOLDER", type=Path, help="tokenizer folder, as `vgen train` writes it")
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", type=Path, help="tokenizer folder, as `vgen train` writes it"
+    )
     parser.add_argument("--data", required=True, metavar="PATH", type=Path, help="image folder or shards")
     parser.add_argument("--out", required=True, metavar="FOLDER", type=Path, help="where the token sets go")
-    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: from the dataset's manifest)")
+    parser.add_argument(
+        "--size", type=int, help="side of the pictures in pixels (default: from the dataset's manifest)"
+    )
     parser.add_argument("--flips", action="store_true", help="add mirror images of the training pictures")
-    parser.add_argument("--variants", type=int, default=0, metavar="N", help="add N random crops of every training picture")
-    parser.add_argument("--min-scale", type=float, default=0.8, metavar="S", help="smallest crop, as a share of a side (default 0.8)")
+    parser.add_argument(
+        "--variants", type=int, default=0, metavar="N", help="add N random crops of every training picture"
+    )
+    parser.add_argument(
+        "--min-scale", type=float, default=0.8, metavar="S", help="smallest crop, as a share of a side (default 0.8)"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch decides)")
@@ -40,7 +48,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise VgenError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from error
+        raise VgenError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
+        ) from error
     cache_tokens(
         args.model,
         args.data,

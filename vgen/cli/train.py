@@ -19,11 +19,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vgen train`."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/emoji/tokenizer.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace those of the file")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config and parameter counts")
-    parser.add_argument("--allow-changes", action="store_true", help="continue a run although settings that change its weights differ")
-    parser.add_argument("--export", metavar="FOLDER", type=Path, help="do not train: write the averaged model of a checkpoint here")
-    parser.add_argument("--checkpoint", metavar="WHICH", default="last", help="with --export: last, best, or a step number")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="with --export: dtype of the weights")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved config and parameter counts"
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="continue a run although settings that change its weights differ"
+    )
+    parser.add_argument(
+        "--export", metavar="FOLDER", type=Path, help="do not train: write the averaged model of a checkpoint here"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="WHICH", default="last", help="with --export: last, best, or a step number"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="with --export: dtype of the weights",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

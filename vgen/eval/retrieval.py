@@ -20,7 +20,9 @@ def pixel_features(images: Sequence[Image.Image]) -> Tensor:
 def nearest_pictures(generated: Tensor, gallery: Tensor) -> Tensor:
     """Index of the gallery row with the least Euclidean distance to each generated row: [M] int64."""
     if generated.shape[1] != gallery.shape[1]:
-        raise VgenError(f"generated pictures have {generated.shape[1]} values each, the gallery {gallery.shape[1]}; use one picture size")
+        raise VgenError(
+            f"generated pictures have {generated.shape[1]} values each, the gallery {gallery.shape[1]}; use one picture size"
+        )
     return torch.cdist(generated, gallery).argmin(dim=1)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 def group_visible(length: int, group: int) -> Tensor:
     """PAR (arXiv 2412.15119): how many leading columns each of `length` rows sees, [length] int64.
 
-    The first `group` rows are causal; then blocks of `group` rows see each other and everything before. A last, incomplete
-    block sees all columns there are.
+    The first `group` rows are causal; then blocks of `group` rows see each other and everything before. A last,
+    incomplete block sees all columns there are.
     """
     row = torch.arange(length)
     return torch.where(row < group, row + 1, (row // group + 1) * group).clamp(max=length)

@@ -1,6 +1,6 @@
 """Two- and four-coordinate rotary tables of the LlamaGen family: LlamaGen, PAR, NAR, ZipAR, ARPG, RandAR, DAR.
 
-A table is [rows, D/2, 2]: cos and sin of every channel pair of a head of size D; pair j rotates the channels (2j, 2j + 1)
+A table is [rows, D/2, 2]: cos and sin of every channel pair of a head of size D; pair j rotates the channels 2j, 2j + 1
 (interleaved, unlike MM-RoPE). Rows of conditions are all zero, cos included: their queries and keys become zero vectors
 and act through their values only. A reader would "fix" that; every published checkpoint of the family depends on it.
 """
@@ -15,7 +15,8 @@ from vgen.errors import VgenError
 
 
 def rope2d_table(height: int, width: int, head_dim: int, base: float = 10000.0, prefix: int = 0) -> Tensor:
-    """Table [prefix + height * width, head_dim/2, 2] fp32: the first half of the pairs turns with the row, the rest with the column.
+    """Table [prefix + height * width, head_dim/2, 2] fp32: the first half of the pairs turns with the row, the rest
+    with the column.
 
     prefix: zero rows for condition tokens in front. Source: LlamaGen (arXiv 2406.06525), spec section on 2-D rope.
     """
@@ -36,8 +37,8 @@ def rope2d_extrapolated(
 ) -> Tensor:
     """RandAR's table for a grid `factor` times as large as in training (arXiv 2412.01827, released code).
 
-    The `boundary` highest frequencies use positions 0 … side - 1 (extrapolation), the others the positions of the small grid
-    stretched to the same end points (interpolation). Shapes as `rope2d_table`.
+    The `boundary` highest frequencies use positions 0 … side - 1 (extrapolation), the others the positions of the small
+    grid stretched to the same end points (interpolation). Shapes as `rope2d_table`.
     """
     frequencies = _frequencies(head_dim, base)
 
@@ -52,8 +53,8 @@ def rope2d_extrapolated(
 def rope4d_table(current: Tensor, target: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
     """DAR's table [T, head_dim/2, 2] fp32 (arXiv 2503.11129): angles of the current and of the predicted token's cell.
 
-    current, target: [T, 2] (row, column) of each input token and of the token it predicts. The pairs are four equal groups:
-    current row, current column, target row, target column.
+    current, target: [T, 2] (row, column) of each input token and of the token it predicts. The pairs are four equal
+    groups: current row, current column, target row, target column.
     """
     if head_dim % 8:
         raise VgenError(f"4D-RoPE needs a head size that is a multiple of 8 (four groups of pairs), got {head_dim}")

@@ -71,7 +71,9 @@ class ContentBlock(nn.Module):
 
     def project(self, x: Tensor, rope: Tables) -> tuple[Tensor, Tensor, Tensor]:
         """[B, n, width] -> rotated queries and keys, values: [B, H, n, D] each."""
-        query, key, value = (split_heads(part, self.heads) for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
+        query, key, value = (
+            split_heads(part, self.heads) for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
+        )
         return rotate(self.query_norm(query), rope), rotate(self.key_norm(key), rope), value
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -115,7 +117,12 @@ class AnyOrderState:
     def take_rows(self, index: Tensor) -> AnyOrderState:
         """A state with the given rows of [R * B]."""
         return AnyOrderState(
-            self.cache.take_rows(index), self.prefix_mask[index], self.offset[index], self.length, self.rows, self.counters
+            self.cache.take_rows(index),
+            self.prefix_mask[index],
+            self.offset[index],
+            self.length,
+            self.rows,
+            self.counters,
         )
 
 
@@ -161,7 +168,9 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if width % heads or (width // heads) % 32:
-            raise VgenError(f"width {width} over {heads} heads must give a head size that is a multiple of 32, got {width / heads:g}")
+            raise VgenError(
+                f"width {width} over {heads} heads must give a head size that is a multiple of 32, got {width / heads:g}"
+            )
         hidden = hidden or llama_hidden(width, 64)
         self.grid: Grid = as_grid(grid)
         self.vocabulary: Vocabulary | None = None
@@ -199,7 +208,9 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
 
     def _share(self, content: Tensor, rope: Tables) -> tuple[Tensor, Tensor]:
         """Keys and values for the query stack, [B, H, n, D] each, from the normalised content output."""
-        key, value = (split_heads(part, self.config.heads) for part in self.shared(self.content_norm(content)).chunk(2, dim=-1))
+        key, value = (
+            split_heads(part, self.config.heads) for part in self.shared(self.content_norm(content)).chunk(2, dim=-1)
+        )
         return rotate(self.shared_norm(key), rope), value
 
     def _checkpointed(self, function, *args):
@@ -224,7 +235,9 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
         rope = self._rope(torch.cat((text, visual), dim=1))
         mask = StepCausal.build(prefix_mask, step_ids)
         content_mask, query_mask = (
-            (mask.content_blocks(), mask.query_blocks()) if tokens.is_cuda else (mask.content_dense(), mask.query_dense())
+            (mask.content_blocks(), mask.query_blocks())
+            if tokens.is_cuda
+            else (mask.content_dense(), mask.query_dense())
         )
 
         x = torch.cat((self.prefix_embedding(condition.ids.to(tokens.device)), self.code_embedding(tokens)), dim=1)
@@ -268,7 +281,9 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
         cache = KVCache(layers, rows, self.config.heads, slots, self.head_dim, self.device, self.dtype)
         state = AnyOrderState(cache, condition.mask, condition.mask.sum(dim=1), prefix, len(conditions), Counters())
         rope = self._rope(text_positions(prefix, self.device).expand(rows, -1, -1))
-        causal = torch.ones(prefix, prefix, dtype=torch.bool, device=self.device).tril() & condition.mask[:, None, None, :]
+        causal = (
+            torch.ones(prefix, prefix, dtype=torch.bool, device=self.device).tril() & condition.mask[:, None, None, :]
+        )
         self._extend(state, self.prefix_embedding(condition.ids), rope, slice(0, prefix), causal)
         known = canvas.unknown_count() < grid_size(canvas.grid)
         canvas.fresh = canvas.known.nonzero()[:, 1].view(canvas.batch, -1) if known else None
@@ -285,7 +300,9 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
 
     def run(self, state: AnyOrderState, plan: Plan, values: Tensor | None) -> Tensor:
         """Feeds `values` [R * B, f] (None: nothing new) and answers the targets: logits [R * B, m, codes]. Device only."""
-        visible = F.pad(state.prefix_mask, (0, plan.slots.stop - state.prefix_mask.shape[1]), value=True)[:, None, None, :]
+        visible = F.pad(state.prefix_mask, (0, plan.slots.stop - state.prefix_mask.shape[1]), value=True)[
+            :, None, None, :
+        ]
         if values is not None:
             rope = self._rope(visual_positions(plan.fed, state.offset))
             self._extend(state, self.code_embedding(values), rope, plan.slots, visible)
@@ -333,7 +350,9 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
         if not folder.is_dir():
             from huggingface_hub import hf_hub_download
 
-            path = hf_hub_download(str(pretrained_model_name_or_path), "vocabulary.json", subfolder=kwargs.get("subfolder"))
+            path = hf_hub_download(
+                str(pretrained_model_name_or_path), "vocabulary.json", subfolder=kwargs.get("subfolder")
+            )
             folder = Path(path).parent
         model.vocabulary = Vocabulary.load(folder)
         return model

@@ -91,7 +91,9 @@ class Vocabulary:
             ids = self.encode(caption, strict)
             if len(ids) + 1 > limit:
                 if strict:
-                    raise VgenError(f"the prompt {caption!r} has {len(ids)} words, this model takes at most {limit - 1}; shorten it")
+                    raise VgenError(
+                        f"the prompt {caption!r} has {len(ids)} words, this model takes at most {limit - 1}; shorten it"
+                    )
                 ids = ids[: limit - 1]
             rows.append([*ids, self.start])
         return self.condition(rows)

@@ -92,7 +92,9 @@ class VisualPipeline(DiffusionPipeline):
         super().__init__()
         vocabulary = tokenizer.spec.vocabulary
         if vocabulary != model.config.codes:
-            raise VgenError(f"the tokenizer has {vocabulary} codes, the generator was made for {model.config.codes}; use the tokenizer it was trained with")
+            raise VgenError(
+                f"the tokenizer has {vocabulary} codes, the generator was made for {model.config.codes}; use the tokenizer it was trained with"
+            )
         self.register_modules(tokenizer=tokenizer, model=model)
         self.register_to_config(
             order=order,
@@ -140,13 +142,17 @@ class VisualPipeline(DiffusionPipeline):
         Raises VgenError for anything that does not fit.
         """
         if num_images < 1 or batch_size < 1:
-            raise VgenError(f"the number of images and the batch size must be at least 1, got {num_images} and {batch_size}")
+            raise VgenError(
+                f"the number of images and the batch size must be at least 1, got {num_images} and {batch_size}"
+            )
         condition = self._condition(prompt, class_labels, num_images)
         guidance = ClassifierFree(
             _first(guidance_scale, self.config.guidance_scale), _first(guidance_schedule, self.config.guidance_schedule)
         )
         choice = TokenChoice(
-            _first(temperature, self.config.temperature), _first(top_k, self.config.top_k), _first(top_p, self.config.top_p)
+            _first(temperature, self.config.temperature),
+            _first(top_k, self.config.top_k),
+            _first(top_p, self.config.top_p),
         )
         order = self.make_order(order, steps, seed, order_options)
         known = self._known_tokens(init_image, mask)
@@ -167,7 +173,9 @@ class VisualPipeline(DiffusionPipeline):
         stats.seconds = time.perf_counter() - start
         return VisualOutput(images=images, tokens=torch.cat(tokens), stats=stats)
 
-    def make_order(self, order: str | Order | None, steps: int | None, seed: int, options: dict[str, Any] | None = None) -> Order:
+    def make_order(
+        self, order: str | Order | None, steps: int | None, seed: int, options: dict[str, Any] | None = None
+    ) -> Order:
         """The Order of a call: the pipeline's default when nothing is asked for; `steps` and `seed` go where they fit."""
         if order is not None and not isinstance(order, str):
             return order
@@ -187,7 +195,9 @@ class VisualPipeline(DiffusionPipeline):
         """[B, N] codes -> B images."""
         return to_images(self.tokenizer.decode(tokens.to(self.device), grid=self.model.grid))
 
-    def _condition(self, prompt: str | Sequence[str] | None, labels: int | Sequence[int] | None, repeat: int) -> Condition:
+    def _condition(
+        self, prompt: str | Sequence[str] | None, labels: int | Sequence[int] | None, repeat: int
+    ) -> Condition:
         if (prompt is None) == (labels is None):
             raise VgenError("give either prompts or class labels, not both and not neither")
         vocabulary = self.model.vocabulary
@@ -207,7 +217,9 @@ class VisualPipeline(DiffusionPipeline):
             raise VgenError("inpainting needs both an init image and a mask (white: make anew, black: keep)")
         image, area = (_open(file) for file in (init_image, mask))
         if image.size != area.size:
-            raise VgenError(f"the init image is {image.size[0]}x{image.size[1]}, its mask {area.size[0]}x{area.size[1]}; make them the same size")
+            raise VgenError(
+                f"the init image is {image.size[0]}x{image.size[1]}, its mask {area.size[0]}x{area.size[1]}; make them the same size"
+            )
         _, rows, columns = self.model.grid
         down = self.tokenizer.spec.downsample
         size = (columns * down[2], rows * down[1])
@@ -218,7 +230,9 @@ class VisualPipeline(DiffusionPipeline):
         white = to_pixels(area.convert("RGB").resize(size, Image.Resampling.BOX)).mean(dim=0) > -1 + 1e-3
         stays = ~white.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).any(dim=3).any(dim=1).flatten()
         if stays.all():
-            raise VgenError("the mask has no white area, so there is nothing to make; paint what should be made anew white")
+            raise VgenError(
+                "the mask has no white area, so there is nothing to make; paint what should be made anew white"
+            )
         return codes, stays.to(codes.device)
 
     def _canvas(self, samples: Tensor, known: tuple[Tensor, Tensor] | None) -> Canvas:

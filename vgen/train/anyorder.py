@@ -103,13 +103,18 @@ def check(config: Config) -> None:
     require(bool(data.tokens), "data.tokens must name a folder written by `vgen tokenize`")
     for split in (data.train_split, data.held_out_split):
         path = Path(data.tokens) / f"{split}.safetensors"
-        require(path.is_file(), f"data.tokens: {path} does not exist; make it with `vgen tokenize --model … --data … --out {data.tokens}`")
+        require(
+            path.is_file(),
+            f"data.tokens: {path} does not exist; make it with `vgen tokenize --model … --data … --out {data.tokens}`",
+        )
     if data.tokenizer is not None:
         path = Path(data.tokenizer) / WEIGHTS_FILE
         require(path.is_file(), f"data.tokenizer: {path} does not exist; expected a folder written by `vgen train`")
     require_share(config.condition, "dropout", "class_share", prefix="condition.")
     require_share(config.orders, "random_share", "merge_share", prefix="orders.")
-    require(all(count > 0 for count in config.orders.steps) and config.orders.steps, "orders.steps must list counts above 0")
+    require(
+        all(count > 0 for count in config.orders.steps) and config.orders.steps, "orders.steps must list counts above 0"
+    )
     require_share(config.model, "dropout", prefix="model.", below_one=True)
     require_positive(config.model, "prefix_limit", prefix="model.")
     require_not_negative(config.sampling, "temperature", "top_k", "guidance_scale", prefix="sampling.")
@@ -190,7 +195,9 @@ class AnyOrderSystem:
         tokens = batch["tokens"]
         step_ids = self.mixture.sample(len(tokens), draws)
         terms = dict(
-            self.networks["model"](*(t.to(tokens.device) for t in (condition.ids, condition.mask)), tokens, step_ids.to(tokens.device))
+            self.networks["model"](
+                *(t.to(tokens.device) for t in (condition.ids, condition.mask)), tokens, step_ids.to(tokens.device)
+            )
         )
         yield Loss("model", terms.pop("loss"), terms)
 
@@ -203,7 +210,9 @@ class AnyOrderSystem:
             prefix: list[int] = []
             if u >= shares.dropout:
                 use_class = v < shares.class_share and label >= 0
-                prefix = [self.vocabulary.class_id(label)] if use_class else self.vocabulary.encode(caption, strict=False)
+                prefix = (
+                    [self.vocabulary.class_id(label)] if use_class else self.vocabulary.encode(caption, strict=False)
+                )
             rows.append([*prefix[: self.config.model.prefix_limit - 1], self.vocabulary.start])
         return self.vocabulary.condition(rows)
 
@@ -230,7 +239,9 @@ class AnyOrderSystem:
         train = self._cross_entropy(self.train_tokens, spread(len(self.train_tokens), len(self.held_out)))
         return {"cross_entropy": held_out, "cross_entropy_train": train}
 
-    def _cross_entropy(self, dataset: TokenDataset, indices: Sequence[int], draws_per_row: int = 1, chunk: int = 64) -> float:
+    def _cross_entropy(
+        self, dataset: TokenDataset, indices: Sequence[int], draws_per_row: int = 1, chunk: int = 64
+    ) -> float:
         draws = torch.Generator().manual_seed(derived_seed(self.config.seed, "evaluate"))
         rows = [i for i in indices for _ in range(draws_per_row)]
         total = 0.0
@@ -269,4 +280,6 @@ def _token_set(config: Config) -> tuple[Grid, int]:
         record = json.loads(path.read_text(encoding="utf-8"))
         return tuple(record["grid"]), record["vocabulary"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VgenError(f"{path} does not describe a token set ({error}); make it again with `vgen tokenize`") from error
+        raise VgenError(
+            f"{path} does not describe a token set ({error}); make it again with `vgen tokenize`"
+        ) from error

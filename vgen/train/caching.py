@@ -74,9 +74,13 @@ def load_tokenizer(folder: str | Path) -> tuple[VQModel, Path]:
         if (candidate / WEIGHTS_FILE).is_file() and (candidate / "config.json").is_file():
             kind = json.loads((candidate / "config.json").read_text(encoding="utf-8")).get("_class_name")
             if kind != VQModel.__name__:
-                raise VgenError(f"{candidate} holds a {kind}, expected a {VQModel.__name__}; name the folder of a tokenizer")
+                raise VgenError(
+                    f"{candidate} holds a {kind}, expected a {VQModel.__name__}; name the folder of a tokenizer"
+                )
             return VQModel.from_pretrained(candidate).eval().requires_grad_(False), candidate
-    raise VgenError(f"{folder} holds no tokenizer (config.json and {WEIGHTS_FILE}); `vgen train` writes one to RUN/model")
+    raise VgenError(
+        f"{folder} holds no tokenizer (config.json and {WEIGHTS_FILE}); `vgen train` writes one to RUN/model"
+    )
 
 
 def cache_tokens(

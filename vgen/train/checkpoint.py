@@ -71,7 +71,9 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def save(accelerator: Accelerator, folder: Path, step: int, trainees: Mapping[str, Trainee], state: dict[str, Any]) -> Path:
+def save(
+    accelerator: Accelerator, folder: Path, step: int, trainees: Mapping[str, Trainee], state: dict[str, Any]
+) -> Path:
     """Writes `folder/step_<step>` from all processes' shards; the main process does the writing."""
     target = folder / f"step_{step:08d}"
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -85,10 +87,14 @@ def save(accelerator: Accelerator, folder: Path, step: int, trainees: Mapping[st
     if accelerator.is_main_process and not target.exists():
         with atomic_folder(target) as temporary:
             for name, content in tensors.items():
-                save_file({key: value.contiguous() for key, value in content.items()}, temporary / f"{name}.safetensors")
+                save_file(
+                    {key: value.contiguous() for key, value in content.items()}, temporary / f"{name}.safetensors"
+                )
             for name, content in optimizers.items():
                 torch.save(content, temporary / f"{name}.optimizer.pt")
-            (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=2) + "\n", encoding="utf-8")
+            (temporary / "state.json").write_text(
+                json.dumps({**state, "step": step}, indent=2) + "\n", encoding="utf-8"
+            )
     accelerator.wait_for_everyone()
     return target
 

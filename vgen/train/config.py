@@ -213,6 +213,12 @@ def _refuse_unknown(schema: type, layer: Mapping[str, Any], prefix: str) -> None
     hints = typing.get_type_hints(schema)
     for key, value in layer.items():
         if key not in hints:
-            raise VgenError(f"config: unknown key `{prefix}{key}`{nearest(str(key), hints)}; known here: {', '.join(hints)}")
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            raise VgenError(
+                f"config: unknown key `{prefix}{key}`{nearest(str(key), hints)}; known here: {', '.join(hints)}"
+            )
+        if dataclasses.is_dataclass(hints[key]):
+            require(
+                isinstance(value, Mapping),
+                f"{prefix}{key} is a group of settings (`{prefix}{key}.KEY`), found {value!r}",
+            )
             _refuse_unknown(hints[key], value, f"{prefix}{key}.")

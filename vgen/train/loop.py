@@ -64,7 +64,9 @@ class Trainer:
         self.system: System = build_system(config, self.accelerator.device)
         if self.accelerator.is_fsdp2 and len(self.system.networks) > 1:
             names = ", ".join(self.system.networks)
-            raise VgenError(f"FSDP2 shards one network, {config.system} trains {names}; launch it with plain data parallelism")
+            raise VgenError(
+                f"FSDP2 shards one network, {config.system} trains {names}; launch it with plain data parallelism"
+            )
         self.trainees = {name: self._prepare(name, network) for name, network in self.system.networks.items()}
         self.system.networks = {name: trainee.network for name, trainee in self.trainees.items()}
         self.leading = next(iter(self.trainees))  # its objective is "the loss" in logs
@@ -90,7 +92,9 @@ class Trainer:
 
     def save(self, step: int, score: float | None) -> Path:
         """Writes a checkpoint after `step` steps and drops old ones."""
-        path = save(self.accelerator, self.folder / "checkpoints", step, self.trainees, {"score": score, **self.figures})
+        path = save(
+            self.accelerator, self.folder / "checkpoints", step, self.trainees, {"score": score, **self.figures}
+        )
         if self.main:
             prune(self.folder / "checkpoints", self.config.keep, self.system.score[1] if self.system.score else 0)
         return path
@@ -202,7 +206,9 @@ class Watch:
             values = torch.stack([value.float().reshape(()) for value in logs.values()]).tolist()
             for key, value in zip(logs, values):
                 if not math.isfinite(value):
-                    rescue = f"the last checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
+                    rescue = (
+                        f"the last checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
+                    )
                     raise VgenError(
                         f"{key} became {value} at step {step + 1} and training stopped; {rescue}. Lower the learning rate, "
                         "lengthen the warm-up, or use precision=no"
@@ -360,7 +366,9 @@ def _check_same_run(path: Path, config: TrainConfig, allow_changes: bool) -> Non
     if not path.is_file() or allow_changes:
         return
     if (system := read_yaml(path).get("system")) != config.system:
-        raise VgenError(f"{path.parent} holds a run of system {system}, not {config.system}; choose another out= folder")
+        raise VgenError(
+            f"{path.parent} holds a run of system {system}, not {config.system}; choose another out= folder"
+        )
     # Merged onto today's defaults: a setting that vgen gained since then is no difference.
     changed = differences(to_dict(merge(type(config), read_yaml(path))), to_dict(config))
     if changed:

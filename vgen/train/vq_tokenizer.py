@@ -113,7 +113,10 @@ def check(config: Config) -> None:
     """Raises VgenError for settings that cannot work, before pictures or weights are loaded."""
     data, loss = config.data, config.loss
     require(bool(data.path), "data.path must name a dataset folder")
-    require(Path(data.path).exists(), f"data.path {data.path} does not exist; `vgen data emoji --out data/emoji` builds the emoji set")
+    require(
+        Path(data.path).exists(),
+        f"data.path {data.path} does not exist; `vgen data emoji --out data/emoji` builds the emoji set",
+    )
     require_positive(data, "size", prefix="data.")
     require_share(data, "flip", prefix="data.")
     require(0 < data.min_scale <= 1, f"data.min_scale must lie in (0, 1], found {data.min_scale}")
@@ -121,7 +124,14 @@ def check(config: Config) -> None:
     with torch.device("meta"):
         model = make_model(config)  # raises for impossible sizes
     model.spec.grid(data.size, data.size)
-    weights = ("reconstruction_weight", "perceptual_weight", "disc_weight", "disc_start", "restart_every", "restart_until")
+    weights = (
+        "reconstruction_weight",
+        "perceptual_weight",
+        "disc_weight",
+        "disc_start",
+        "restart_every",
+        "restart_until",
+    )
     require_not_negative(loss, *weights, prefix="loss.")
     require_positive(loss, "disc_width", "disc_layers", prefix="loss.")
     require_choice("loss.reconstruction", loss.reconstruction, RECONSTRUCTION_LOSSES)
@@ -132,9 +142,14 @@ def check(config: Config) -> None:
     if loss.perceptual == "lpips":
         for name in ("lpips_vgg", "lpips_heads"):
             path = getattr(loss, name)
-            require(bool(path) and Path(path).is_file(), f"loss.perceptual=lpips needs the file loss.{name}, found {path}")
+            require(
+                bool(path) and Path(path).is_file(), f"loss.perceptual=lpips needs the file loss.{name}, found {path}"
+            )
     least = 8 * 2**2
-    require(loss.perceptual != "pyramid" or data.size >= least, f"loss.perceptual=pyramid needs data.size >= {least}, found {data.size}")
+    require(
+        loss.perceptual != "pyramid" or data.size >= least,
+        f"loss.perceptual=pyramid needs data.size >= {least}, found {data.size}",
+    )
 
 
 def make_model(config: Config) -> VQModel:
@@ -171,7 +186,9 @@ class VQTokenizerSystem:
         self.config, self.device = config, device
         data, loss = config.data, config.loss
         augment = Augment(min_scale=data.min_scale, flip=data.flip)
-        self.train_images = open_images(data.path, data.train_split, data.size, augment, seed=config.seed, cache=data.cache)
+        self.train_images = open_images(
+            data.path, data.train_split, data.size, augment, seed=config.seed, cache=data.cache
+        )
         self.held_out = open_images(data.path, data.held_out_split, data.size, cache=data.cache)
         self.model = make_model(config)
         discriminator = PatchDiscriminator(width=loss.disc_width, layers=loss.disc_layers)
@@ -223,7 +240,9 @@ class VQTokenizerSystem:
         seen = done * config.accumulate * self.latest.shape[0] * self._tokens_per_image()
         if every and done % every == 0 and done <= config.loss.restart_until * config.steps and seen >= window:
             messages += self._revive(averages.get("tokenizer", {}))
-        if done % config.log_every == 0 and (collapse := quantizer.collapsed()):
+        # Every codebook looks collapsed in its first steps; what counts is whether it recovers.
+        started = done >= 0.1 * config.steps
+        if started and done % config.log_every == 0 and (collapse := quantizer.collapsed()):
             messages.append(f"warning: {collapse}")
         return messages
 

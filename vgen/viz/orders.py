@@ -38,8 +38,8 @@ def colour_map(values: np.ndarray) -> np.ndarray:
 def plot(order: BaseOrder, path: str | Path | None = None) -> Image.Image:
     """A heat map of the call in which every position is decoded, titled with the order's name and calls.
 
-    Step numbers (from 1) are written into the cells where they fit; the frames of a video stand side by side. Orders with
-    randomness show sample 0. path: also written there (format by suffix).
+    Step numbers (from 1) are written into the cells where they fit; the frames of a video stand side by side. Orders
+    with randomness show sample 0. path: also written there (format by suffix).
     """
     return _sheet([order], path, columns=1)
 
@@ -209,7 +209,7 @@ def _paper(panels: Sequence[_Panel]) -> Image.Image:
 
 
 def _palette() -> Image.Image:
-    """One palette for all pictures of an animation, so that nothing flickers: cells, and text blended with the paper."""
+    """One palette for all pictures of an animation, so that nothing flickers: cells, and text on paper."""
     blend = [np.linspace(ink, PAPER, 10).round().astype(np.uint8) for ink in (INK, SOFT)]
     colours = np.concatenate((np.array([EMPTY, NOW], dtype=np.uint8), *blend, colour_map(np.linspace(0, 1, 200))))
     image = Image.new("P", (1, 1))

@@ -2,6 +2,7 @@
 
 import torch
 from parity.registry import Fixture, assert_close, assert_equal, checker
+
 from vgen.layers.mmrope import FrameLayout, rope_tables, sequence_positions
 
 

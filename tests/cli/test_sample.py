@@ -1,0 +1,85 @@
+"""`vgen sample` on a tiny saved pipeline: files, traces, JSON, and one sentence for every mistake."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from vgen.cli.main import main
+
+
+def sample(folder, *arguments):
+    return main(["sample", "--model", str(folder), "--device", "cpu", *map(str, arguments)])
+
+
+def test_one_picture_a_sheet_and_a_folder(pipeline_folder, tmp_path, capsys):
+    assert sample(pipeline_folder, "--prompt", "red apple", "--out", tmp_path / "one.png") == 0
+    assert Image.open(tmp_path / "one.png").size == (8, 8)
+    assert sample(pipeline_folder, "--prompt", "red apple", "--num-images", 4, "--out", tmp_path / "four.webp") == 0
+    assert Image.open(tmp_path / "four.webp").width > 16
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# comment\nred apple\n\na cat\n")
+    assert sample(pipeline_folder, "--prompt-file", prompts, "--out", tmp_path / "folder") == 0
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["00000.png", "00001.png"]
+    assert "2 pictures" in capsys.readouterr().out
+
+
+def test_trace_and_json(pipeline_folder, tmp_path, capsys):
+    trace = tmp_path / "trace.gif"
+    code = sample(
+        pipeline_folder,
+        "--class-label",
+        1,
+        "--order",
+        "raster",
+        "--out",
+        tmp_path / "a.png",
+        "--trace",
+        trace,
+        "--json",
+    )
+    assert code == 0
+    assert Image.open(trace).n_frames == 16
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert report["order"] == "raster" and report["calls"] == 16 and report["guidance_scale"] == 2.0
+    assert report["images_per_second"] > 0 and report["tokens_per_second"] > 0
+
+
+def test_list_words(pipeline_folder, capsys):
+    assert sample(pipeline_folder, "--list-words") == 0
+    assert capsys.readouterr().out.split() == ["a", "apple", "cat", "mat", "on", "red"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--prompt", "unicorn"], ["unicorn"]),
+        (["--order", "sideways", "--prompt", "cat"], ["sideways"]),
+        (["--order", "regions-5", "--prompt", "cat"], ["regions"]),
+        (["--order-option", "steps", "--prompt", "cat"], ["KEY=VALUE"]),
+        (["--prompt-file", "/nowhere.txt"], ["/nowhere.txt"]),
+        (["--prompt", "cat", "--trace", "trace.mp3"], [".gif"]),
+        (["--prompt", "cat", "--seed", "-4"], ["seed"]),
+        (["--prompt", "cat", "--device", "abacus"], ["abacus"]),
+        (["--class-label", "77"], ["77"]),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(pipeline_folder, tmp_path, capsys, arguments, words):
+    assert sample(pipeline_folder, "--out", tmp_path / "x.png", *arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.startswith("vgen sample: ")
+    assert all(word in error for word in words)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_missing_models(tmp_path, capsys):
+    assert main(["sample", "--model", "unheard-of", "--prompt", "cat"]) == 2
+    assert main(["sample", "--model", str(tmp_path), "--prompt", "cat"]) == 2
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    assert main(["sample", "--model", str(tmp_path / "weights.pt"), "--prompt", "cat"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(pipeline_folder, capsys):
+    assert sample(pipeline_folder, "--prompt", "unicorn", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err

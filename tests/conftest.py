@@ -1,0 +1,44 @@
+"""Shared by all tests: a tiny pipeline that fits together and takes milliseconds."""
+
+import pytest
+import torch
+
+
+def tiny_pipeline():
+    """8x8-pixel pictures of 4x4 tokens, random weights."""
+    from vgen.models.anyorder import AnyOrderModel
+    from vgen.models.vocabulary import Vocabulary
+    from vgen.pipelines.visual import VisualPipeline
+    from vgen.tokenizers_vis.vq import VQModel
+
+    torch.manual_seed(0)
+    tokenizer = VQModel(
+        ch=16,
+        encoder_ch_mult=(1, 1),
+        decoder_ch_mult=(1, 1),
+        num_res_blocks=1,
+        z_channels=16,
+        codebook_size=32,
+        codebook_embed_dim=4,
+        usage_window=64,
+        num_groups=4,
+    )
+    vocabulary = Vocabulary.build(["red apple", "a cat on a mat"], classes=3)
+    model = AnyOrderModel(
+        len(vocabulary), 32, (1, 4, 4), width=64, content_layers=1, query_layers=1, heads=2, prefix_limit=8
+    )
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    model.vocabulary = vocabulary
+    return VisualPipeline(tokenizer.eval(), model.eval(), order="random", steps=5, guidance_scale=2.0)
+
+
+@pytest.fixture
+def pipeline():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline().save_pretrained(folder)
+    return folder

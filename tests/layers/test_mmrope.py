@@ -1,0 +1,41 @@
+"""MM-RoPE: axes, tables, and the property rotary positions exist for."""
+
+import pytest
+import torch
+
+from vgen.errors import VgenError
+from vgen.layers.mmrope import frequency_axes, rope_tables, rotate, text_positions, visual_positions
+from vgen.samplers.types import grid_coordinates
+
+
+def test_axes_are_dealt_2_3_3():
+    axes = frequency_axes(128)
+    assert torch.bincount(axes).tolist() == [16, 24, 24]
+    assert torch.equal(axes[:16], axes[16:32])
+    with pytest.raises(VgenError, match="multiple of 32"):
+        frequency_axes(48)
+
+
+def test_text_is_one_dimensional_rope():
+    cos, sin = rope_tables(text_positions(7), 32)
+    angles = torch.arange(7)[:, None] * 10000.0 ** (-torch.arange(16) / 16)
+    assert torch.allclose(cos, angles.cos().repeat(1, 2), atol=1e-5)
+    assert torch.allclose(sin, angles.sin().repeat(1, 2), atol=1e-5)
+
+
+def test_scores_depend_on_differences_only():
+    query, key = torch.randn(2, 1, 1, 1, 64)
+
+    def score(a, b):
+        turned = [rotate(x, rope_tables(torch.tensor([[p]]), 64)) for x, p in ((query, a), (key, b))]
+        return (turned[0] * turned[1]).sum()
+
+    assert torch.allclose(score([5, 9, 2], [1, 3, 8]), score([15, 29, 32], [11, 23, 38]), atol=1e-4)
+    assert not torch.allclose(score([5, 9, 2], [1, 3, 8]), score([5, 9, 3], [1, 3, 8]), atol=1e-4)
+
+
+def test_visual_positions_are_offset_and_scaled():
+    positions = visual_positions(grid_coordinates((2, 2, 2)), torch.tensor([3, 10]))
+    assert positions.shape == (2, 8, 3)
+    assert positions[0, 7].tolist() == [3 + 4, 3 + 8, 3 + 8]
+    assert positions[1, 0].tolist() == [10, 10, 10]

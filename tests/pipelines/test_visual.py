@@ -1,0 +1,112 @@
+"""The pipeline: prompts and classes in, pictures out, whatever the batch."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vgen.errors import VgenError
+from vgen.pipelines.visual import VisualPipeline
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images])
+
+
+def test_pictures_and_stats(pipeline):
+    steps = []
+    result = pipeline(
+        ["red apple", "a cat"], num_images=3, batch_size=4, callback=lambda step, canvas: steps.append(step.index)
+    )
+    assert len(result.images) == 6 and result.images[0].size == (8, 8) and result.tokens.shape == (6, 16)
+    stats = result.stats.report()
+    assert steps == [0, 1, 2, 3, 4] * 2 and stats["calls"] == 10 and stats["calls_per_batch"] == 5
+    assert stats["call_rows"] == 2 * 5 * 6  # two guidance rows
+    assert stats["images"] == 6 and stats["tokens"] == 96
+
+
+def test_pictures_do_not_depend_on_the_batch_size(pipeline):
+    prompts = ["red apple", "a cat", "mat", "a red cat on a mat"] * 4
+    one = pipeline(prompts, batch_size=1, seed=3)
+    many = pipeline(prompts, batch_size=16, seed=3)
+    assert torch.equal(one.tokens, many.tokens)
+    assert (pixels(one.images) == pixels(many.images)).mean() > 0.999  # convolutions may round differently by batch
+    assert not torch.equal(one.tokens, pipeline(prompts, seed=4).tokens)
+
+
+def test_saved_pipeline_makes_the_same_pictures(pipeline, pipeline_folder):
+    loaded = VisualPipeline.from_pretrained(pipeline_folder)
+    assert loaded.config.order == "random" and loaded.config.steps == 5 and loaded.config.guidance_scale == 2.0
+    assert torch.equal(loaded("red apple").tokens, pipeline("red apple").tokens)
+
+
+def test_generic_diffusers_loading_needs_only_our_class(pipeline_folder):
+    from diffusers import DiffusionPipeline
+
+    assert issubclass(VisualPipeline, DiffusionPipeline)
+    assert (pipeline_folder / "model_index.json").is_file() and (
+        pipeline_folder / "model" / "vocabulary.json"
+    ).is_file()
+
+
+def test_class_labels(pipeline):
+    assert len(pipeline(class_labels=[0, 2]).images) == 2
+    with pytest.raises(VgenError, match="0 to 2, got 3"):
+        pipeline(class_labels=3)
+
+
+def test_no_guidance_runs_one_row(pipeline):
+    assert pipeline("mat", guidance_scale=1.0).stats.call_rows == 5
+
+
+def test_inpainting_keeps_the_tokens_under_the_black_area(pipeline):
+    image = pipeline("red apple", seed=1)
+    original = pipeline.tokenizer.encode(_tensor(image.images[0]))[0]
+    mask = Image.new("RGB", (8, 8))
+    mask.paste("white", (4, 0, 8, 8))  # the right half is new
+    result = pipeline("a cat", num_images=4, init_image=image.images[0], mask=mask)
+    tokens, original = result.tokens.view(4, 4, 4), original.view(4, 4)
+    assert torch.equal(tokens[:, :, :2], original[:, :2].expand(4, 4, 2))
+    assert not torch.equal(tokens[:, :, 2:], original[:, 2:].expand(4, 4, 2))
+
+
+def _tensor(image):
+    from vgen.layers.pixels import to_pixels
+
+    return to_pixels(image)[None]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "either prompts or class labels"),
+        ({"prompt": "a", "class_labels": 1}, "either prompts or class labels"),
+        ({"prompt": "red unicorn"}, "'unicorn'"),
+        ({"prompt": ""}, "no words"),
+        ({"prompt": "a", "order": "rastr"}, "did you mean 'raster'"),
+        ({"prompt": "a", "order": "raster", "steps": 4}, "no option 'steps'"),
+        ({"prompt": "a", "steps": 99}, "99"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance scale"),
+        ({"prompt": "a", "guidance_schedule": "linaer"}, "did you mean 'linear'"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "top_p": 0}, "top-p"),
+        ({"prompt": "a", "top_k": -3}, "top-k"),
+        ({"prompt": "a", "seed": -1}, "seed"),
+        ({"prompt": "a", "num_images": 0}, "at least 1"),
+        ({"prompt": "a", "init_image": Image.new("RGB", (8, 8))}, "both an init image and a mask"),
+        ({"prompt": "a", "init_image": Image.new("RGB", (8, 8)), "mask": Image.new("L", (4, 4))}, "same size"),
+        ({"prompt": "a", "init_image": Image.new("RGB", (8, 8)), "mask": Image.new("L", (8, 8))}, "no white area"),
+        ({"prompt": "a", "init_image": "/nowhere.png", "mask": "/nowhere.png"}, "no image file"),
+    ],
+)
+def test_bad_input_is_one_sentence(pipeline, arguments, message):
+    with pytest.raises(VgenError, match=message):
+        pipeline(**arguments)
+
+
+def test_tokenizer_and_generator_must_fit(pipeline):
+    from vgen.models.anyorder import AnyOrderModel
+
+    other = AnyOrderModel(10, 64, (1, 4, 4), width=64, content_layers=1, query_layers=1, heads=2)
+    with pytest.raises(VgenError, match="32 codes.*made for 64"):
+        VisualPipeline(pipeline.tokenizer, other)

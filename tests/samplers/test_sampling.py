@@ -1,0 +1,168 @@
+"""Canvas, guidance, choice, noise, predictions and the decode loop, on a model that is a table."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vgen.errors import VgenError
+from vgen.samplers.choice import TokenChoice
+from vgen.samplers.decode import decode
+from vgen.samplers.guidance import SCHEDULES, ClassifierFree
+from vgen.samplers.noise import CONFIDENCE, TOKENS, PhiloxNoise, TapeNoise
+from vgen.samplers.orders import make_order
+from vgen.samplers.predictions import Logits
+from vgen.samplers.types import Canvas, Counters, Step, as_grid, grid_coordinates
+
+
+def step(targets, index=0, unknown=(16, 12), start=16):
+    return Step(index, torch.as_tensor(targets), len(targets), unknown, 4, start)
+
+
+def test_grids():
+    assert as_grid(5) == (1, 1, 5) and as_grid((2, 3)) == (1, 2, 3) and as_grid([4, 2, 3]) == (4, 2, 3)
+    assert grid_coordinates((2, 2, 3))[7].tolist() == [1, 0, 1]
+    with pytest.raises(VgenError, match="at least 1"):
+        as_grid((0, 3))
+
+
+def test_canvas_write_keeps_what_it_is_told_to():
+    canvas = Canvas.blank((1, 2, 3), 2)
+    values = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    keep = torch.tensor([[True, False, True], [False, True, True]])
+    canvas.write(torch.tensor([4, 2, 0]), values, keep, 2)
+    assert canvas.values.tolist() == [[7, 0, 0, 0, 5, 0], [10, 0, 9, 0, 0, 0]]
+    assert canvas.known.tolist() == [[True, False, False, False, True, False], [True, False, True, False, False, False]]
+    assert canvas.fresh.tolist() == [[4, 0], [2, 0]]
+    assert canvas.unknown_count() == 4
+    canvas.known[0, 1] = True
+    with pytest.raises(VgenError, match="found 3 to 4"):
+        canvas.unknown_count()
+
+
+def test_canvas_of_floats():
+    canvas = Canvas.blank((1, 1, 4), 1, channels=2)
+    canvas.write(torch.tensor([3, 1]), torch.ones(1, 2, 2), torch.tensor([[False, True]]), 1)
+    assert canvas.values[0].tolist() == [[0, 0], [1, 1], [0, 0], [0, 0]]
+
+
+def test_canvas_checks_its_size():
+    with pytest.raises(VgenError, match="holds 6 values"):
+        Canvas(((1, 2, 3),), torch.zeros(1, 7))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_guidance_weights_sum_to_one_and_stay_between_one_and_the_scale(schedule):
+    guidance = ClassifierFree(4.0, schedule)
+    for unknown in ((16, 12), (12, 1), (1, 0)):
+        weights = guidance.weights(step([0], unknown=unknown))
+        assert sum(weights) == pytest.approx(1) and 1 <= weights[0] <= 4 + 1e-9
+    assert SCHEDULES[schedule](1.0, 1.0) == pytest.approx(1)
+
+
+def test_guidance_mix_is_u_plus_s_times_the_difference():
+    conditional, null = torch.randn(2, 3, 4)
+    guidance = ClassifierFree(2.5)
+    mixed = guidance.mix(torch.stack((conditional, null)), guidance.weights(step([0])))
+    assert torch.allclose(mixed, null + 2.5 * (conditional - null), atol=1e-6)
+    assert ClassifierFree(1.0).rows == ("cond",) and ClassifierFree(0.0).rows == ("cond", "null")
+
+
+def test_noise_depends_on_the_sample_not_on_the_row():
+    one = step([3, 7])
+    together = PhiloxNoise(9, torch.tensor([4, 5, 6])).gumbel(TOKENS, one, (3, 2, 11))
+    alone = PhiloxNoise(9, torch.tensor([5])).gumbel(TOKENS, one, (1, 2, 11))
+    assert torch.equal(together[1:2], alone)
+    swapped = PhiloxNoise(9, torch.tensor([5])).gumbel(TOKENS, step([7, 3]), (1, 2, 11))
+    assert torch.equal(swapped.flip(1), alone)
+    other = [
+        PhiloxNoise(8, torch.tensor([5])).gumbel(TOKENS, one, (1, 2, 11)),
+        PhiloxNoise(9, torch.tensor([5])).gumbel(CONFIDENCE, one, (1, 2, 11)),
+        PhiloxNoise(9, torch.tensor([5])).gumbel(TOKENS, step([3, 7], index=1), (1, 2, 11)),
+    ]
+    assert not any(torch.equal(alone, values) for values in other)
+
+
+def test_noise_moments():
+    noise, one = PhiloxNoise(0, torch.arange(50)), step(list(range(16)))
+    normal = noise.normal(0, one, (50, 16, 64))
+    uniform = noise.uniform(0, one, (50, 16, 64))
+    gumbel = noise.gumbel(0, one, (50, 16, 64))
+    assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
+    assert uniform.min() > 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.01
+    assert abs(gumbel.mean() - 0.5772) < 0.03
+
+
+def test_tape_replays_multinomial():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4, 1, 9)
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.multinomial(logits[0, :, 0].softmax(-1), 1, generator=generator)
+    exponential = torch.empty(4, 9).exponential_(generator=torch.Generator().manual_seed(5))
+    tape = TapeNoise.from_exponential([exponential])
+    result = Logits(logits).draw(step([2]), ClassifierFree(1.0), TokenChoice(), tape)
+    assert torch.equal(result.values, drawn)
+    with pytest.raises(VgenError, match="used up"):
+        tape.gumbel(TOKENS, step([2]), (4, 1, 9))
+
+
+def test_tape_checks_shapes():
+    with pytest.raises(VgenError, match="asks for"):
+        TapeNoise([torch.zeros(3)], [], []).gumbel(TOKENS, step([2]), (1, 1, 4))
+
+
+class Table:
+    """A "model" whose logits are a fixed table: every order must give the same greedy picture."""
+
+    def __init__(self, table):
+        self.table = table
+        self.calls = 0
+
+    def predict(self, state, step, canvas):
+        self.calls += 1
+        targets = step.targets.expand(canvas.batch, -1)
+        return Logits(self.table[targets][None])
+
+    def commit(self, state, step, canvas):
+        pass
+
+
+@pytest.mark.parametrize("name", ["raster", "neighbor", "regions-4", "zip-2", "random", "locality", "confidence"])
+def test_greedy_decoding_reads_the_table_in_any_order(name):
+    table = torch.randn(16, 7)
+    model, canvas, order = Table(table), Canvas.blank((1, 4, 4), 3), make_order(name, (1, 4, 4))
+    state = SimpleNamespace(counters=Counters())
+    seen = [
+        s.index
+        for s, _ in decode(
+            model, state, canvas, order, ClassifierFree(1.0), TokenChoice(0.0), PhiloxNoise(0, canvas.samples)
+        )
+    ]
+    assert seen == list(range(order.calls)) and model.calls == order.calls
+    assert torch.equal(canvas.values, table.argmax(dim=-1).expand(3, -1))
+
+
+def test_samples_follow_the_softmax():
+    """Chi-square over 4000 samples of one position; 99.9 % point for 7 degrees of freedom."""
+    table = torch.randn(1, 8)
+    canvas = Canvas.blank((1, 1, 1), 4000)
+    order = make_order("raster", (1, 1, 1))
+    for _ in decode(
+        Table(table), None, canvas, order, ClassifierFree(1.0), TokenChoice(), PhiloxNoise(1, canvas.samples)
+    ):
+        pass
+    expected = 4000 * table.softmax(-1)[0]
+    observed = torch.bincount(canvas.values.flatten(), minlength=8)
+    assert ((observed - expected).square() / expected).sum() < 24.3
+
+
+def test_bad_choices():
+    for arguments in (
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ):
+        with pytest.raises(VgenError):
+            TokenChoice(**arguments)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+from PIL import Image
+
+from vgen.data.tokens import write_tokens
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with train/ (two classes, 6 pictures each) and heldout/ (3 each): squares of one colour on white, 32 px, captioned."""
+    folder = tmp_path / "pictures"
+    colours = {"red": (200, 30, 30), "blue": (30, 30, 200)}
+    for split, count in (("train", 6), ("heldout", 3)):
+        for name, colour in colours.items():
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("RGB", (32, 32), "white")
+                image.paste(colour, (2 + number, 3, 20 + number, 18 + 2 * number))
+                image.save(folder / split / name / f"{number}.png")
+                (folder / split / name / f"{number}.txt").write_text(f"{name} square number {number}")
+    return folder
+
+
+@pytest.fixture
+def token_sets(tmp_path):
+    """A folder of token sets on a 4x4 grid with 32 codes: the caption decides the tokens."""
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    for split, rows in (("train", 24), ("heldout", 6)):
+        kind = torch.arange(rows) % 4
+        tokens = (kind[:, None] * 8 + torch.arange(16) % 8).int()
+        write_tokens(
+            folder / f"{split}.safetensors",
+            tokens,
+            captions=[f"pattern {['one', 'two', 'three', 'four'][k]}" for k in kind],
+            labels=kind.tolist(),
+            keys=[f"{split}-{i}" for i in range(rows)],
+            grid=(1, 4, 4),
+            vocabulary=32,
+            tokenizer="none",
+            class_names=("a", "b", "c", "d"),
+        )
+    return folder

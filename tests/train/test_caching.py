@@ -1,0 +1,102 @@
+import json
+
+import pytest
+import torch
+
+from vgen.data.dataset import open_images
+from vgen.data.tokens import TokenDataset
+from vgen.errors import VgenError
+from vgen.tokenizers_vis.vq import VQModel
+from vgen.train import caching
+from vgen.train.caching import cache_tokens
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    model = VQModel.of_size(
+        "emoji-f8",
+        ch=8,
+        encoder_ch_mult=[1],
+        decoder_ch_mult=[1],
+        z_channels=8,
+        codebook_size=32,
+        num_groups=4,
+        patch_size=8,
+    )
+    model.save_pretrained(tmp_path / "tokenizer")
+    return model.eval()
+
+
+def test_tokens_are_those_of_the_tokenizer(tmp_path, pictures, tokenizer):
+    said = []
+    reports = cache_tokens(tmp_path / "tokenizer", pictures, tmp_path / "out", size=32, batch_size=5, say=said.append)
+    assert [r.split for r in reports] == ["train", "heldout"] and [r.images for r in reports] == [12, 6]
+    assert "of 32 codes in use" in said[0] and " dB" in said[0]
+    cached, images = TokenDataset(tmp_path / "out" / "train.safetensors"), open_images(pictures, "train", 32)
+    assert cached.grid == (1, 4, 4) and cached.vocabulary == 32 and cached.class_names == ("blue", "red")
+    with torch.no_grad():
+        expected = tokenizer.encode(torch.stack([images[i]["image"] for i in range(12)]))
+    assert torch.equal(torch.stack([cached[i]["tokens"] for i in range(12)]), expected)
+    assert [cached[i]["caption"] for i in range(12)] == images.captions and cached.labels == images.labels
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_views(tmp_path, pictures, tokenizer):
+    cache_tokens(tmp_path / "tokenizer", pictures, tmp_path / "out", size=32, flips=True, variants=2)
+    cached, images = TokenDataset(tmp_path / "out" / "train.safetensors"), open_images(pictures, "train", 32)
+    assert cached.variants == 4 and TokenDataset(tmp_path / "out" / "heldout.safetensors").variants == 1
+    with torch.no_grad():
+        mirrored = tokenizer.encode(torch.stack([images[i]["image"] for i in range(12)]).flip(-1))
+    assert torch.equal(cached.tokens[:, 1].long(), mirrored)
+    assert not torch.equal(cached.tokens[:, 2], cached.tokens[:, 3])
+
+
+def test_interrupted_it_continues_and_finished_splits_are_kept(tmp_path, pictures, tokenizer, monkeypatch):
+    monkeypatch.setattr(caching, "PART", 5)
+    calls = []
+    encode = caching._encode
+
+    def counting(tokenizer, dataset, views, indices, *rest):
+        if len(calls) == 2:
+            calls.clear()
+            raise KeyboardInterrupt
+        calls.append(indices)
+        return encode(tokenizer, dataset, views, indices, *rest)
+
+    monkeypatch.setattr(caching, "_encode", counting)
+    arguments = (tmp_path / "tokenizer", pictures, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        cache_tokens(*arguments, size=32)
+    assert not (tmp_path / "out" / "train.safetensors").exists()
+    calls.append(range(0))  # the counter would otherwise interrupt again
+    monkeypatch.setattr(caching, "_encode", lambda *a: (calls.append(a[3]), encode(*a))[1])
+    first = cache_tokens(*arguments, size=32)
+    assert calls[1] == range(10, 12)  # the third part of the training split: two were done
+    done = len(calls)
+    assert cache_tokens(*arguments, size=32) == first and len(calls) == done
+    cache_tokens(*arguments, size=64)  # other settings: made anew
+    assert len(calls) > done and TokenDataset(tmp_path / "out" / "train.safetensors").grid == (1, 8, 8)
+
+
+def test_unreadable_pictures_are_skipped(tmp_path, pictures, tokenizer):
+    (pictures / "train" / "red" / "3.png").write_bytes(b"no picture")
+    report = cache_tokens(tmp_path / "tokenizer", pictures, tmp_path / "out", size=32)[0]
+    assert (report.images, report.skipped) == (11, 1)
+    cached = TokenDataset(tmp_path / "out" / "train.safetensors")
+    assert "red square number 3" not in cached.captions and len(cached) == 11
+
+
+def test_bad_input_is_one_sentence(tmp_path, pictures, tokenizer):
+    good = tmp_path / "tokenizer"
+    with pytest.raises(VgenError, match="holds no tokenizer"):
+        cache_tokens(pictures, pictures, tmp_path / "out", size=32)
+    with pytest.raises(VgenError, match="give it with --size"):
+        cache_tokens(good, pictures, tmp_path / "out")
+    with pytest.raises(VgenError, match="multiple of 8"):
+        cache_tokens(good, pictures, tmp_path / "out", size=30)
+    with pytest.raises(VgenError, match="variants >= 0"):
+        cache_tokens(good, pictures, tmp_path / "out", size=32, variants=-1)
+    config = json.loads((good / "config.json").read_text())
+    (good / "config.json").write_text(json.dumps({**config, "_class_name": "AnyOrderModel"}))
+    with pytest.raises(VgenError, match="holds a AnyOrderModel"):
+        cache_tokens(good, pictures, tmp_path / "out", size=32)

@@ -1,0 +1,131 @@
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from vgen.errors import VgenError
+from vgen.tokenizers_vis.vq import VQModel
+from vgen.train.checkpoint import checkpoints
+from vgen.train.loop import Trainer, train
+from vgen.train.system import load_config
+
+MODEL = {
+    "size": "emoji-f8",
+    "ch": 8,
+    "encoder_ch_mult": [1, 2],
+    "decoder_ch_mult": [1, 2],
+    "z_channels": 8,
+    "codebook_size": 64,
+    "num_groups": 4,
+    "patch_size": 4,
+    "usage_window": 128,
+}
+
+
+@pytest.fixture
+def config_of(tmp_path, pictures):
+    def make(*overrides):
+        content = {
+            "version": 1,
+            "system": "vq_tokenizer",
+            "out": str(tmp_path / "run"),
+            "steps": 6,
+            "batch_size": 4,
+            "log_every": 2,
+            "evaluate_every": 3,
+            "preview_every": 6,
+            "tensorboard": False,
+            "data": {"path": str(pictures), "size": 32},
+            "model": MODEL,
+            "loss": {"disc_start": 4, "disc_width": 4, "disc_layers": 2, "restart_every": 2, "restart_until": 1.0},
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return load_config(path, overrides)
+
+    return make
+
+
+def entries(tmp_path, kind):
+    lines = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+
+
+def test_a_run_from_pictures_to_a_model(tmp_path, config_of):
+    summary = train(config_of("precision=bf16", "channels_last=true"))
+    logged = entries(tmp_path, "train")
+    # The discriminator joins at step 4 (from 1): not in the first two steps' figures, in the later ones.
+    assert (
+        "loss_discriminator" not in logged[0]
+        and {"loss_discriminator", "real", "fake", "adversarial"} <= logged[-1].keys()
+    )
+    assert {"loss", "reconstruction", "perceptual", "vq", "commit", "usage"} <= logged[0].keys()
+    held_out = entries(tmp_path, "held_out")[-1]
+    assert 0 < held_out["codes_used"] <= 64 and held_out["psnr"] > 3 and held_out["ssim"] <= 1
+    model = VQModel.from_pretrained(summary.model)
+    assert model.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+    with Image.open(tmp_path / "run" / "previews" / "step_00000006.png") as sheet:
+        assert sheet.width > sheet.height  # 4 rows of up to 8
+    names = {path.name for path in checkpoints(tmp_path / "run" / "checkpoints")[-1].folder.iterdir()}
+    assert {
+        "tokenizer.safetensors",
+        "tokenizer.average.safetensors",
+        "discriminator.safetensors",
+        "state.json",
+    } <= names
+    assert "discriminator.average.safetensors" not in names
+
+
+def test_resume_in_the_middle_of_the_gan_is_exact(tmp_path, config_of):
+    def weights(folder):
+        return {key: value.numpy().tobytes() for key, value in VQModel.from_pretrained(folder).state_dict().items()}
+
+    whole = weights(train(config_of(f"out={tmp_path / 'whole'}")).model)
+    stopped = train(config_of("time_limit_minutes=1e-9"))
+    while not stopped.finished:
+        stopped = train(config_of("time_limit_minutes=1e-9"))
+    assert weights(stopped.model) == whole
+
+
+def test_unused_codes_are_revived_in_weights_and_average(config_of):
+    trainer = Trainer(config_of("loss.disc_start=100"))
+    system, average = trainer.system, trainer.trainees["tokenizer"].average
+    assert list(system.networks) == ["tokenizer"]  # no GAN within the run: no discriminator at all
+    trainer.step(0, system.batches(0, 0, 1))
+    system.model.quantize.codebook_used.copy_(torch.arange(128) % 8)  # codes 8 and up are dead
+    before = system.model.quantize.embedding.weight.detach().clone()
+    (message, *_) = system.after_step(1, torch.Generator(), {"tokenizer": average.values})
+    assert message == "revived 56 unused codes of 64"
+    weight = system.model.quantize.embedding.weight.detach()
+    assert torch.equal(weight[:8], before[:8]) and not torch.isclose(weight[8:], before[8:]).all(dim=1).any()
+    assert torch.equal(average.values["quantize.embedding.weight"][8:], weight[8:])
+
+
+def test_collapse_is_said(config_of):
+    trainer = Trainer(config_of("loss.restart_every=0"))
+    trainer.step(0, trainer.system.batches(0, 0, 1))
+    trainer.system.model.quantize.codebook_used.fill_(5)
+    (message,) = trainer.system.after_step(1, torch.Generator(), {})
+    assert message.startswith("warning: the codebook has collapsed")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.path=/nowhere", "/nowhere does not exist"),
+        ("data.size=30", "multiple of 8"),
+        ("data.size=24", "loss.perceptual=pyramid needs data.size >= 32"),
+        ("data.flip=2", "data.flip must lie in"),
+        ("model.size=emoji-f9", "did you mean 'emoji-f"),
+        ("model.encoder_ch_mult=[1]", "equally many levels"),
+        ("loss.perceptual=lpips", "needs the file loss.lpips_vgg"),
+        ("loss.disc=hing", "did you mean 'hinge'"),
+        ("discriminator.lr=0", "discriminator.lr must be above 0"),
+    ],
+)
+def test_settings_that_cannot_work(config_of, override, words):
+    with pytest.raises(VgenError) as error:
+        config_of(override)
+    assert words in str(error.value)
