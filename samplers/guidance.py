@@ -17,16 +17,16 @@ from torch import Tensor
 from vgen.errors import VgenError, nearest
 from vgen.samplers.types import Step
 
-Schedule = Callable[
-    [float, float], float
-]  # (share known before, share known after the step) -> share of the way from 1 to scale
+# (share known before the step, share known after it, power) -> share of the way from 1 to scale
+Schedule = Callable[[float, float, float], float]
 
 SCHEDULES: dict[str, Schedule] = {
-    "constant": lambda before, after: 1.0,
-    "linear": lambda before, after: after,  # ARPG, MAR: counts the tokens decoded including this step
-    "linear-before": lambda before, after: before,  # RandAR: the first pass is unguided
-    "cosine": lambda before, after: 0.5 * (1.0 - math.cos(math.pi * after)),
-    "power-cosine": lambda before, after: 0.5 * (1.0 - math.cos(math.pi * before**1.5)),  # MDT, RAR, DAR (power 1.5)
+    "constant": lambda before, after, power: 1.0,
+    "linear": lambda before, after, power: after,  # ARPG, MAR: counts the tokens decoded including this step
+    "linear-before": lambda before, after, power: before,  # RandAR: the first pass is unguided
+    "cosine": lambda before, after, power: 0.5 * (1.0 - math.cos(math.pi * after)),
+    # MDT, RAR, DAR: every checkpoint has its own power; power 0 is constant, because 0 ** 0 = 1.
+    "power-cosine": lambda before, after, power: 0.5 * (1.0 - math.cos(math.pi * before**power)),
 }
 
 
@@ -34,11 +34,16 @@ SCHEDULES: dict[str, Schedule] = {
 class ClassifierFree:
     """cond and null rows, mixed as u + s (c - u) with s running from 1 to `scale` by `schedule` (a name in SCHEDULES).
 
-    scale 1 means no guidance: one row, half the work. Source: arXiv 2207.12598, equation 6 (s = 1 + w).
+    scale 1 means no guidance: one row, half the work. power: exponent of "power-cosine", at least 0; the other schedules
+    do not read it. limits: per phase (the last one for later phases), how many positions may have been decoded in the
+    phase before a step that is still guided; None: any number. The null row is run all the same, as in the released
+    samplers whose `cfg_interval` this is. Source: arXiv 2207.12598, equation 6 (s = 1 + w).
     """
 
     scale: float = 1.0
     schedule: str = "constant"
+    power: float = 1.5
+    limits: tuple[int | None, ...] = ()
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -49,6 +54,8 @@ class ClassifierFree:
             raise VgenError(
                 f"the guidance scale must be a finite number of at least 0 (1: no guidance), got {self.scale}"
             )
+        if not math.isfinite(self.power) or self.power < 0:
+            raise VgenError(f"the guidance power must be a finite number of at least 0, got {self.power}")
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -56,12 +63,15 @@ class ClassifierFree:
         return ("cond",) if self.scale == 1 else ("cond", "null")
 
     def weights(self, step: Step) -> tuple[float, ...]:
-        """(s, 1 - s) of this step, or (1,)."""
+        """(s, 1 - s) of this step, (1, 0) beyond the limit of its phase, or (1,)."""
         if len(self.rows) == 1:
             return (1.0,)
+        limit = self.limits[min(step.phase, len(self.limits) - 1)] if self.limits else None
+        if limit is not None and step.start_unknown - step.unknown[0] > limit:
+            return (1.0, 0.0)
         total = max(step.start_unknown, 1)
         before, after = (1.0 - count / total for count in step.unknown)
-        scale = 1.0 + (self.scale - 1.0) * SCHEDULES[self.schedule](before, after)
+        scale = 1.0 + (self.scale - 1.0) * SCHEDULES[self.schedule](before, after, self.power)
         return (scale, 1.0 - scale)
 
     def mix(self, parts: Tensor, weights: Sequence[float]) -> Tensor:

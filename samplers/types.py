@@ -41,15 +41,17 @@ def grid_coordinates(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class Feed:
-    """What enters the network in this step when it is not simply what the previous step wrote (ZipAR's substitutes).
+    """What a next-token model (LlamaGen) is fed in this step; models that ask for positions directly ignore it.
 
-    The value of position `source[i]` enters at position `slot[i]` (-1: the condition); `reads[j]` is the row of the fed tokens whose output answers
-    `targets[j]`. All [f] resp. [m] int64.
+    The value of position `source[i]` enters at position `slot[i]` (-1: the condition, always and only the first entry of the first step);
+    `reads[j]` is the row of the fed tokens whose output answers `targets[j]`. source != slot: a substitute for a token that is not decoded
+    yet (ZipAR). All [f] resp. [m] int64. blanks: positions that were never fed are visible as zero keys and values, as in ZipAR's release.
     """
 
     source: Tensor
     slot: Tensor
     reads: Tensor
+    blanks: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Step:
     total: int  # calls of the whole run
     start_unknown: int  # unknown positions per sample when the phase began: the base of schedules
     phase: int = 0  # selects guidance, choice and solver (PAR and Hi-MAR have two)
-    feed: Feed | None = None  # None: what the previous step wrote
+    feed: Feed | None = None  # orders that next-token models can follow: what these are fed
     closes: bool = False  # a frame or picture is complete: commit() may run the network
 
     @property
@@ -237,12 +239,18 @@ class State(Protocol):
 class Condition:
     """The conditions of one guidance row for a whole batch.
 
-    ids: [B, P] int64 prefix tokens (class and/or text), mask: [B, P] bool, False on padding.
+    ids: [B, P] int64 prefix tokens (class and/or text; [B, 0] where the prefix is features only), mask: [B, P] bool, False on padding.
+    extras: what is not ids, e.g. {"features": [B, P, C]} of a text encoder.
     """
 
     ids: Tensor
     mask: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, index: Tensor) -> Condition:
+        """The condition of the given samples [M] int64."""
+        extras = {name: value[index] for name, value in self.extras.items()}
+        return Condition(self.ids[index], self.mask[index], extras)
 
 
 class TokenModel(Protocol):

@@ -138,8 +138,7 @@ class FixedOrder(BaseOrder):
     """The same groups of positions for every sample.
 
     groups: K tensors or lists of positions, each position exactly once, decoded in their order (the order inside a
-    group is kept: it is the order in which a model is fed). phases: one per group (default 0). feeds: one per group
-    (ZipAR).
+    group is kept: it is the order in which a model is fed). phases: one per group (default 0).
 
     Known positions are dropped, and so are groups that become empty. Samples with different masks get targets [B, m]:
     with equally many unknown positions in every group the groups stay as they are; else each sample's order, restricted
@@ -153,32 +152,35 @@ class FixedOrder(BaseOrder):
         grid: Grid,
         groups: Sequence[Sequence[int] | Tensor],
         phases: Sequence[int] | None = None,
-        feeds: Sequence[Feed] | None = None,
     ):
         super().__init__(name, grid, len(groups))
         tensors = [torch.as_tensor(group, dtype=torch.long) for group in groups]
         self.positions = torch.cat(tensors)
         self.sizes = tuple(len(group) for group in tensors)
         self.phases = tuple(phases) if phases is not None else (0,) * len(tensors)
-        self.feeds = tuple(feeds) if feeds is not None else None
         every_position_once(self.positions, grid_size(grid), f"order {name!r}")
 
     def sequence(self, generator: torch.Generator | None = None) -> tuple[Tensor, tuple[int, ...]]:
         return self.positions, self.sizes
 
+    def feeds(self, groups: Sequence[Tensor], known: Tensor | None) -> Sequence[Feed] | None:
+        """What a next-token model is fed in every call that decodes `groups` [m] each; None: it cannot follow this order.
+
+        known: [N] bool, what is given, or None.
+        """
+        return None
+
     def plan(self, canvas: Canvas) -> list[Call]:
         known = self.known_mask(canvas)
-        if known is None:
-            sequence, sizes = self.positions, list(self.sizes)
-        elif self.feeds is not None:
-            raise VgenError(
-                f"order {self.name!r} replays a recorded feed and needs an empty canvas; use 'zip' without it"
-            )
-        else:
-            sequence, sizes = self._remaining(known)
+        sequence, sizes = (self.positions, list(self.sizes)) if known is None else self._remaining(known)
         ends = _frame_ends(sequence, sizes, self.grid)
         kept = [k for k, size in enumerate(sizes) if size]
-        parts = cut(sequence.to(canvas.values.device), [sizes[k] for k in kept])
+        kept_sizes = [sizes[k] for k in kept]
+        feeds = None
+        if sequence.dim() == 1:  # the same positions in every sample
+            feeds = self.feeds(cut(sequence, kept_sizes), None if known is None else known[0])
+        feeds = feeds and on_device(feeds, canvas.values.device)
+        parts = cut(sequence.to(canvas.values.device), kept_sizes)
         return [
             Call(
                 keep=sizes[k],
@@ -186,7 +188,7 @@ class FixedOrder(BaseOrder):
                 ratio=(index + 1) / len(kept),
                 phase=self.phases[k],
                 span=(self.phases[k],),
-                feed=_on_device(self.feeds[k], canvas.values.device) if self.feeds else None,
+                feed=feeds[index] if feeds else None,
                 closes=k in ends,
             )
             for index, (k, part) in enumerate(zip(kept, parts))
@@ -266,8 +268,13 @@ def every_position_once(positions: Tensor, size: int, what: str) -> None:
         raise VgenError(f"{what}: every one of the {size} positions must occur exactly once, but {position} {found}")
 
 
-def _on_device(feed: Feed, device: torch.device) -> Feed:
-    return Feed(feed.source.to(device), feed.slot.to(device), feed.reads.to(device))
+def on_device(feeds: Sequence[Feed], device: torch.device) -> list[Feed]:
+    """The same feeds on `device`, copied at once."""
+    columns = []
+    for name in ("source", "slot", "reads"):
+        parts = [getattr(feed, name) for feed in feeds]
+        columns.append(torch.cat(parts).to(device).split([len(part) for part in parts]))
+    return [Feed(*row, blanks=feed.blanks) for feed, *row in zip(feeds, *columns)]
 
 
 def _frame_ends(sequence: Tensor, sizes: Sequence[int], grid: Grid) -> set[int]:

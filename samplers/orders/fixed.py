@@ -8,13 +8,14 @@ from torch import Tensor
 
 from vgen.errors import VgenError
 from vgen.samplers.orders.base import FixedOrder
+from vgen.samplers.orders.nexttoken import NextTokenOrder
 from vgen.samplers.schedules import default_steps, step_sizes
 from vgen.samplers.types import Grid, grid_coordinates, grid_size
 
 
 def raster(grid: Grid) -> FixedOrder:
     """One token per call: frame by frame, row by row. N calls (LlamaGen and every GPT-like model)."""
-    return FixedOrder("raster", grid, torch.arange(grid_size(grid)).split(1))
+    return NextTokenOrder("raster", grid, torch.arange(grid_size(grid)).split(1))
 
 
 def neighbor(grid: Grid) -> FixedOrder:
@@ -115,7 +116,7 @@ def halton_rank(grid: Grid) -> Tensor:
     return first.argsort().argsort()
 
 
-def grouped(name: str, grid: Grid, call: Tensor) -> FixedOrder:
+def grouped(name: str, grid: Grid, call: Tensor, kind: type[FixedOrder] = FixedOrder) -> FixedOrder:
     """Decodes position p in call `call[p]` ([N] integers; gaps are closed), in raster order inside a call."""
     sizes = call.unique(return_counts=True)[1]
-    return FixedOrder(name, grid, call.argsort(stable=True).split(sizes.tolist()))
+    return kind(name, grid, call.argsort(stable=True).split(sizes.tolist()))

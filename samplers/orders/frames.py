@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vgen.samplers.orders.base import BaseOrder, Call
-from vgen.samplers.types import Canvas, Draw, Feed, Grid, Noise, Step, grid_size
+from vgen.samplers.types import Canvas, Draw, Grid, Noise, Step, grid_size
 
 
 class FramesOrder(BaseOrder):
@@ -46,7 +46,9 @@ class FramesOrder(BaseOrder):
 
 def _moved(call: Call, frame: int, offset: int) -> Call:
     """A call of a frame's own order, as a call on the whole canvas."""
-    feed = call.feed and Feed(*(_shift(part, offset) for part in (call.feed.source, call.feed.slot)), call.feed.reads)
+    feed = call.feed and replace(
+        call.feed, source=_shift(call.feed.source, offset), slot=_shift(call.feed.slot, offset)
+    )
     return replace(call, targets=lambda: call.targets() + offset, span=(frame, *call.span), feed=feed)
 
 

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from vgen.errors import VgenError
 from vgen.samplers.orders.base import FixedOrder
 from vgen.samplers.orders.fixed import grouped
-from vgen.samplers.types import Feed, Grid, grid_coordinates
+from vgen.samplers.orders.nexttoken import NextTokenOrder
+from vgen.samplers.types import Feed, Grid, grid_coordinates, grid_size
 
 
 def zip_rows(grid: Grid, window: int, faithful: bool) -> FixedOrder:
     """Row r + 1 starts as soon as row r holds `window` tokens: column c of row r is decoded in call r * window + c.
 
     T * (W + (H - 1) * min(window, W)) calls, frame after frame; a full-width window is raster order, window 1 is the
-    anti-diagonal wavefront. faithful: the released LlamaGen variant instead (`llamagen_schedule`), whose steps carry
-    the substitutes it feeds for row ends that are not decoded yet: 2W + (H - 2) * window calls, pictures only.
+    anti-diagonal wavefront. A next-token model is fed the nearest decoded token for a row end that is missing, and
+    never sees slots that were not fed (`NextTokenOrder`).
+    faithful: the released LlamaGen variant instead (`llamagen_schedule`), with its own substitutes and with the slots
+    that were not fed yet visible as zeros: 2W + (H - 2) * window calls, pictures only.
     """
     if faithful:
         return _faithful(grid, window)
     frame, row, column = grid_coordinates(grid).unbind(dim=1)
     shift = min(window, grid[2])
-    return grouped(f"zip-{window}", grid, frame * (grid[2] + (grid[1] - 1) * shift) + row * shift + column)
+    call = frame * (grid[2] + (grid[1] - 1) * shift) + row * shift + column
+    return grouped(f"zip-{window}", grid, call, NextTokenOrder)
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,26 @@ def _faithful(grid: Grid, window: int) -> FixedOrder:
     frames, height, width = grid
     if frames > 1:
         raise VgenError(f"faithful zip is defined for pictures, got {frames} frames; use zip without it")
-    groups, feeds = [], []
-    for call in llamagen_schedule(height, width, window):
-        reads = [row for row, fed in enumerate(call) if fed.predicted >= 0]
-        groups.append([call[row].predicted for row in reads])
-        slots, sources = [fed.slot for fed in call], [fed.source for fed in call]
-        feeds.append(Feed(torch.tensor(sources), torch.tensor(slots), torch.tensor(reads)))
-    return FixedOrder(f"zip:window={window},faithful=true", grid, groups, feeds=feeds)
+    return FaithfulZip(f"zip:window={window},faithful=true", grid, llamagen_schedule(height, width, window))
+
+
+class FaithfulZip(FixedOrder):
+    """The released schedule. Phase 0 is the first row, phase 1 the rest: its guidance interval counts them separately."""
+
+    def __init__(self, name: str, grid: Grid, schedule: list[list[Fed]]):
+        groups, feeds, phases = [], [], []
+        for call in schedule:
+            reads = [row for row, fed in enumerate(call) if fed.predicted >= 0]
+            groups.append([call[row].predicted for row in reads])
+            slots, sources = [fed.slot for fed in call], [fed.source for fed in call]
+            feeds.append(Feed(torch.tensor(sources), torch.tensor(slots), torch.tensor(reads), blanks=True))
+            phases.append(0 if len(schedule) == grid_size(grid) or groups[-1][0] < grid[2] else 1)
+        super().__init__(name, grid, groups, phases)
+        self.schedule = feeds
+
+    def feeds(self, groups: Sequence[Tensor], known: Tensor | None) -> Sequence[Feed]:
+        if known is not None:
+            raise VgenError(
+                f"order {self.name!r} replays a recorded feed and needs an empty canvas; use 'zip' without it"
+            )
+        return self.schedule

@@ -67,7 +67,7 @@ def run(model, vocabulary, order, captions=CAPTIONS, known=None, scale=1.0, samp
 
     model.predict = predict
     try:
-        for step, canvas in decode(model, state, canvas, order, guidance, TokenChoice(), PhiloxNoise(seed, samples)):
+        for step, _ in decode(model, state, canvas, order, guidance, TokenChoice(), PhiloxNoise(seed, samples)):
             step_ids.scatter_(1, canvas.fresh, step.index)
     finally:
         del model.predict
@@ -220,7 +220,7 @@ def test_bad_input_is_one_sentence(vocabulary):
         AnyOrderModel(10, 10, width=40, heads=2)
     with pytest.raises(VgenError, match="did you mean 'XS'"):
         size_config("XSS")
-    with pytest.raises(VgenError, match="'appple'.*did you mean 'apple'"):
+    with pytest.raises(VgenError, match=r"'appple'.*did you mean 'apple'"):
         vocabulary.captions(["red appple"], 10)
     with pytest.raises(VgenError, match="at most 3"):
         vocabulary.captions(["the big red cat"], 4)

@@ -108,5 +108,5 @@ def test_tokenizer_and_generator_must_fit(pipeline):
     from vgen.models.anyorder import AnyOrderModel
 
     other = AnyOrderModel(10, 64, (1, 4, 4), width=64, content_layers=1, query_layers=1, heads=2)
-    with pytest.raises(VgenError, match="32 codes.*made for 64"):
+    with pytest.raises(VgenError, match=r"32 codes.*made for 64"):
         VisualPipeline(pipeline.tokenizer, other)

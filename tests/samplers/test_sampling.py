@@ -57,7 +57,7 @@ def test_guidance_weights_sum_to_one_and_stay_between_one_and_the_scale(schedule
     for unknown in ((16, 12), (12, 1), (1, 0)):
         weights = guidance.weights(step([0], unknown=unknown))
         assert sum(weights) == pytest.approx(1) and 1 <= weights[0] <= 4 + 1e-9
-    assert SCHEDULES[schedule](1.0, 1.0) == pytest.approx(1)
+    assert SCHEDULES[schedule](1.0, 1.0, 1.5) == pytest.approx(1)
 
 
 def test_guidance_mix_is_u_plus_s_times_the_difference():

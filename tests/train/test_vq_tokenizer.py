@@ -129,3 +129,27 @@ def test_settings_that_cannot_work(config_of, override, words):
     with pytest.raises(VgenError) as error:
         config_of(override)
     assert words in str(error.value)
+
+
+def test_decoder_stage_keeps_every_code(tmp_path, config_of):
+    first = VQModel.from_pretrained(train(config_of()).model)
+    stage = ("start.freeze_codes=true", f"start.model={tmp_path / 'run' / 'model'}", "loss.restart_every=0")
+    second = VQModel.from_pretrained(train(config_of(*stage, f"out={tmp_path / 'second'}")).model)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    codes = first.encode(pixels)
+    assert torch.equal(codes, second.encode(pixels))
+    assert not torch.equal(first.decode(codes), second.decode(codes))
+    moved = {name for name, value in first.state_dict().items() if not torch.equal(value, second.state_dict()[name])}
+    assert moved and all(name.startswith(("decoder", "post_quant_conv")) or "codebook_used" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["start.model=/nowhere"], "does not exist"),
+        (["start.freeze_codes=true"], "start.model, which is not set"),
+    ],
+)
+def test_bad_starts(config_of, overrides, message):
+    with pytest.raises(VgenError, match=message):
+        config_of(*overrides)

@@ -86,10 +86,8 @@ class TinySystem:
         x = torch.stack([self._row(-1 - row) for row in range(16)])
         return {"error": (self.regressor(x).float() - x.flip(-1)).square().mean().item()}
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
-        save_file(
-            {key: value.to(dtype) for key, value in self.regressor.state_dict().items()}, folder / "model.safetensors"
-        )
+    def export(self, folder: Path, weights: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> None:
+        save_file({key: value.to(dtype) for key, value in weights["regressor"].items()}, folder / "model.safetensors")
 
     @staticmethod
     def _row(number: int) -> Tensor:

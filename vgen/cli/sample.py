@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgen.errors import VgenError
+from vgen.errors import VgenError, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,7 +19,7 @@ PROMPTS = (
     "grinning face",
     "red apple",
     "cat face",
-    "rocket",
+    "airplane",
     "birthday cake",
     "umbrella",
     "octopus",
@@ -61,7 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="emoji",
         metavar="NAME|FOLDER",
-        help="a shipped model or a folder written by `vgen train` (default emoji)",
+        help="a shipped model (emoji, the default), a published one (e.g. llamagen-c2i-B-256) or a folder written by `vgen train`",
+    )
+    what.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="where the files of a published model are (default: the hub's cache, or download)",
     )
     what.add_argument("--list-words", action="store_true", help="print the words the model knows and stop")
     how = parser.add_argument_group("how to decode")
@@ -119,11 +125,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Loads, decodes, writes."""
     options = _order_options(args.order_option)
-    prompts = None if args.class_label else _prompts(args)
+    prompts = _prompts(args)
     if args.trace and args.trace.suffix.lower() not in (".gif", ".webp"):
         raise VgenError(f"--trace writes a .gif or .webp animation, got {args.trace}")
-    pipe = load_pipeline(args.model, args.device, args.dtype)
+    pipe = load_pipeline(args.model, args.device, args.dtype, args.checkpoint_dir)
     if args.list_words:
+        if not hasattr(pipe.model.vocabulary, "words"):
+            raise VgenError(f"{args.model} has no list of words; it takes class labels or free text")
         print(" ".join(pipe.model.vocabulary.words))
         return
     if args.compile:
@@ -197,38 +205,54 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def load_pipeline(model: str, device: str | None = None, dtype: str = "float32") -> VisualPipeline:
-    """A shipped model by name, or a pipeline folder. Raises VgenError when there is neither."""
+def load_pipeline(
+    model: str, device: str | None = None, dtype: str = "float32", checkpoint_dir: Path | None = None
+) -> VisualPipeline:
+    """A shipped or published model by name, or a pipeline folder. Raises VgenError when there is none of these."""
     import torch
     from diffusers.utils.logging import disable_progress_bar
 
-    from vgen.pipelines.visual import VisualPipeline
+    from vgen.convert.load import load_published
+    from vgen.convert.published import names
+    from vgen.pipelines.visual import SHIPPED, VisualPipeline
 
     disable_progress_bar()  # loading takes a second; its bar would only hide our own lines
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     folder = Path(model)
-    options: dict[str, Any] = {"torch_dtype": getattr(torch, dtype)}
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise VgenError(
                 f"{model} has no model_index.json, so it is not a vgen pipeline; give the folder that `vgen train` exported"
             )
-        pipe = VisualPipeline.from_pretrained(str(folder), **options)
+        pipe = VisualPipeline.from_pretrained(str(folder))
     elif folder.is_file():
         raise VgenError(
             f"{model} is a file; --model takes the name of a shipped model or a pipeline folder with a model_index.json"
         )
+    elif model in SHIPPED:
+        pipe = VisualPipeline.shipped(model)
+    elif model in names():
+        pipe = load_published(model, checkpoint_dir)
     else:
-        pipe = VisualPipeline.shipped(model, **options)
+        raise VgenError(
+            f"there is no model {model!r}{nearest(model, [*SHIPPED, *names(kind='generator')])}; --model takes a shipped model "
+            f"({', '.join(SHIPPED)}), a published one ({', '.join(names(kind='generator'))}) or a pipeline folder"
+        )
     try:
-        return pipe.to(device)
+        for part in (pipe.tokenizer, pipe.model):  # weights may be stored in half precision
+            torch.nn.Module.to(part, device, getattr(torch, dtype))  # diffusers' own `to` warns about nothing here
+        return pipe
     except (RuntimeError, AssertionError) as error:
         raise VgenError(
             f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
         ) from None
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def _prompts(args: argparse.Namespace) -> list[str] | None:
+    if args.class_label and (args.prompt or args.prompt_file):
+        raise VgenError("give prompts or --class-label, not both")
+    if args.class_label:
+        return None
     if args.prompt and args.prompt_file:
         raise VgenError("give --prompt or --prompt-file, not both")
     if args.prompt_file:

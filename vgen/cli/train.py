@@ -10,8 +10,10 @@ EPILOG = """examples:
   vgen train configs/emoji/tokenizer.yaml steps=2000 optimizer.lr=5e-4 out=runs/try
   vgen train configs/emoji/tokenizer.yaml --dry-run             check the config and count parameters
   vgen train configs/emoji/anyorder.yaml --export model/        write the model of the newest checkpoint
-  accelerate launch --num_processes 4 -m vgen.train configs/emoji/anyorder.yaml
+  accelerate launch --num_processes 4 -m vgen.train configs/emoji/anyorder.yaml             several GPUs
+  ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m vgen.train configs/emoji/anyorder.yaml   several CPU processes
 
+Settings (key=value) stand right behind CONFIG, options before it or after them.
 Ctrl-C finishes the step, saves and stops; the same command continues with bit-identical results."""
 
 

@@ -18,25 +18,27 @@ def _flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask = None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over [B, H, N, D] heads.
 
     mask: None (all visible), a boolean tensor broadcastable to [B, H, Nq, Nk] (True: visible), or a FlexAttention
-    BlockMask (compiled on CUDA; eager elsewhere, which is correct but slow).
+    BlockMask (compiled on CUDA; eager elsewhere, which is correct but slow). dropout: share of the attention weights
+    that is dropped (pass 0 outside training; a BlockMask takes none).
     """
     if isinstance(mask, BlockMask):
         return (_flex() if query.is_cuda else flex_attention)(query, key, value, block_mask=mask)
     if query.device.type == "cpu" and torch.is_grad_enabled():
-        return _attend_explicitly(query, key, value, mask)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return _attend_explicitly(query, key, value, mask, dropout)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
-def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_explicitly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """The same in two matrix products: on CPU the fused kernel's backward takes 4 times as long at a few hundred tokens."""
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1).to(value.dtype) @ value
+    weights = scores.softmax(dim=-1).to(value.dtype)
+    return (F.dropout(weights, dropout) if dropout else weights) @ value
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,20 @@ class SwiGLU(nn.Module):
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
+class GeluMLP(nn.Module):
+    """fc2(gelu(fc1 x)) with biases, exact GELU, dropout after both (ViT, RAR, TiTok)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H * D] -> [B, H, N, D]."""
     return rearrange(x, "b n (h d) -> b h n d", h=heads)

@@ -32,7 +32,7 @@ from vgen.layers.norm import RMSNorm
 from vgen.layers.transformer import SwiGLU, init_transformer, llama_hidden, merge_heads, split_heads
 from vgen.models.vocabulary import Vocabulary
 from vgen.samplers.predictions import Logits
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, as_grid, grid_coordinates, grid_size
+from vgen.samplers.types import Canvas, Condition, Counters, Grid, Order, Step, as_grid, grid_coordinates, grid_size
 
 # name: (width, content layers, query layers, heads); ffn width 8/3, rounded up to 64. Parameters without the embeddings.
 SIZES = {
@@ -80,6 +80,10 @@ class ContentBlock(nn.Module):
         """Residual sums after attention [B, H, n, D]."""
         x = x + self.dropout(self.output(merge_heads(attended)))
         return x + self.ffn(self.ffn_norm(x))
+
+    def forward(self, x: Tensor, rope: Tables, mask: Mask) -> Tensor:
+        """The whole block without a cache. Training calls the module itself: FSDP2 hooks on to forward."""
+        return self.finish(x, attend(*self.project(x, rope), mask))
 
 
 class QueryBlock(nn.Module):
@@ -243,7 +247,7 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
         x = torch.cat((self.prefix_embedding(condition.ids.to(tokens.device)), self.code_embedding(tokens)), dim=1)
         x = self.embedding_dropout(x)
         for block in self.content:
-            x = self._checkpointed(self._content_layer, block, x, rope, content_mask)
+            x = self._checkpointed(block, x, rope, content_mask)
         key, value = self._share(x, rope)
 
         query_rope = self._rope(visual)
@@ -251,10 +255,6 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
         for block in self.queries:
             z = self._checkpointed(block, z, query_rope, key, value, query_mask)
         return self.head(self.norm(z))
-
-    @staticmethod
-    def _content_layer(block: ContentBlock, x: Tensor, rope: Tables, mask: Mask) -> Tensor:
-        return block.finish(x, attend(*block.project(x, rope), mask))
 
     def loss(self, condition: Condition, tokens: Tensor, step_ids: Tensor) -> dict[str, Tensor]:
         """Mean cross-entropy in nats per token, fp32, over all positions that have a step (step_ids >= 0).
@@ -270,6 +270,16 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
         return {"loss": loss, "accuracy": accuracy}
 
     # ---------------------------------------------------------------- decoding (TokenModel)
+
+    def null(self, condition: Condition) -> Condition:
+        """The unconditional row of guidance for `condition`."""
+        return self.vocabulary.null(len(condition.mask))
+
+    def check_order(self, order: Order) -> None:
+        """Every order fits; raises VgenError for one that was made for another number of frames, rows or columns."""
+        if order.grid != self.grid:
+            made, own = ("x".join(map(str, grid)) for grid in (order.grid, self.grid))
+            raise VgenError(f"this model decodes a grid of {own}, the order {order.name!r} was made for {made}")
 
     @torch.no_grad()
     def start(self, conditions: Sequence[Condition], canvas: Canvas) -> AnyOrderState:

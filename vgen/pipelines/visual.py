@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
 from vgen.errors import VgenError
 from vgen.layers.pixels import to_images, to_pixels
-from vgen.models.anyorder import AnyOrderModel
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
 from vgen.samplers.types import Canvas, Condition, Counters, Order, Step, grid_size
-from vgen.tokenizers_vis.vq import VQModel
 
+SHIPPED = ("emoji",)  # pipelines whose weights are in the package, vgen/assets/
 Callback = Callable[[Step, Canvas], None]
 
 
@@ -73,18 +72,20 @@ class VisualOutput(BaseOutput):
 class VisualPipeline(DiffusionPipeline):
     """A tokenizer and a generator that fit together, with the sampling settings the generator likes.
 
-    order, steps, guidance_scale, guidance_schedule, temperature, top_k, top_p: defaults of a call, saved in
+    tokenizer: a discrete tokenizer (tokenizers_vis/base.py); model: a TokenModel with `vocabulary` (words or classes to
+    conditions), `null(condition)` and `check_order(order)`. The other arguments are defaults of a call, saved in
     `model_index.json`.
     """
 
     def __init__(
         self,
-        tokenizer: VQModel,
-        model: AnyOrderModel,
+        tokenizer: ModelMixin,
+        model: ModelMixin,
         order: str = "random",
         steps: int | None = None,
         guidance_scale: float = 3.0,
         guidance_schedule: str = "constant",
+        guidance_power: float = 1.5,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -101,6 +102,7 @@ class VisualPipeline(DiffusionPipeline):
             steps=steps,
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
+            guidance_power=guidance_power,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -109,10 +111,11 @@ class VisualPipeline(DiffusionPipeline):
     @classmethod
     def shipped(cls, name: str = "emoji", **kwargs: Any) -> VisualPipeline:
         """A pipeline whose weights come with the package; no network needed."""
-        folder = resources.files("vgen.assets") / name
-        if not folder.is_dir():
-            raise VgenError(f"no model named {name!r} ships with vgen; give a folder written by `vgen train`")
-        return cls.from_pretrained(str(folder), **kwargs)
+        if name not in SHIPPED:
+            raise VgenError(
+                f"no model named {name!r} ships with vgen (shipped: {', '.join(SHIPPED)}); give a pipeline folder"
+            )
+        return cls.from_pretrained(str(resources.files("vgen.assets") / name), **kwargs)
 
     def __call__(
         self,
@@ -147,7 +150,9 @@ class VisualPipeline(DiffusionPipeline):
             )
         condition = self._condition(prompt, class_labels, num_images)
         guidance = ClassifierFree(
-            _first(guidance_scale, self.config.guidance_scale), _first(guidance_schedule, self.config.guidance_schedule)
+            _first(guidance_scale, self.config.guidance_scale),
+            _first(guidance_schedule, self.config.guidance_schedule),
+            self.config.guidance_power,
         )
         choice = TokenChoice(
             _first(temperature, self.config.temperature),
@@ -155,14 +160,15 @@ class VisualPipeline(DiffusionPipeline):
             _first(top_p, self.config.top_p),
         )
         order = self.make_order(order, steps, seed, order_options)
+        self.model.check_order(order)
         known = self._known_tokens(init_image, mask)
         stats, tokens = Stats(), []
         start = time.perf_counter()
-        for begin in range(0, len(condition.ids), batch_size):
-            samples = torch.arange(begin, min(begin + batch_size, len(condition.ids)))
+        for begin in range(0, len(condition.mask), batch_size):
+            samples = torch.arange(begin, min(begin + batch_size, len(condition.mask)))
             canvas = self._canvas(samples, known)
-            part = Condition(condition.ids[samples], condition.mask[samples])
-            conditions = [part, self.model.vocabulary.null(len(samples))][: len(guidance.rows)]
+            part = condition.take(samples)
+            conditions = [part] if len(guidance.rows) == 1 else [part, self.model.null(part)]
             state = self.model.start(conditions, canvas)
             for step, _ in decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples)):
                 if callback is not None:
@@ -203,10 +209,12 @@ class VisualPipeline(DiffusionPipeline):
         vocabulary = self.model.vocabulary
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            condition = vocabulary.captions(prompts, self.model.config.prefix_limit)
-        else:
+            condition = vocabulary.captions(prompts, self.model.config.get("prefix_limit", 0))
+        elif hasattr(vocabulary, "labels"):
             condition = vocabulary.labels([labels] if isinstance(labels, int) else list(labels))
-        return Condition(*(t.repeat_interleave(repeat, dim=0) for t in (condition.ids, condition.mask)))
+        else:
+            raise VgenError("this model takes prompts and knows no classes; give a prompt")
+        return condition.take(torch.arange(len(condition.mask)).repeat_interleave(repeat))
 
     @torch.no_grad()
     def _known_tokens(self, init_image: Any, mask: Any) -> tuple[Tensor, Tensor] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from torch import Generator, Tensor, nn
 
@@ -25,10 +26,8 @@ from vgen.samplers.types import Condition, Grid
 from vgen.tokenizers_vis.vq import VQModel
 from vgen.train.config import TrainConfig, require, require_not_negative, require_positive, require_share
 from vgen.train.seeds import derived_seed
-from vgen.train.system import Loss, spread
+from vgen.train.system import Loss, spread, to_dtype
 from vgen.viz.sheets import sheet
-
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def check(config: Config) -> None:
             f"data.tokens: {path} does not exist; make it with `vgen tokenize --model … --data … --out {data.tokens}`",
         )
     if data.tokenizer is not None:
-        path = Path(data.tokenizer) / WEIGHTS_FILE
+        path = Path(data.tokenizer) / SAFETENSORS_WEIGHTS_NAME
         require(path.is_file(), f"data.tokenizer: {path} does not exist; expected a folder written by `vgen train`")
     require_share(config.condition, "dropout", "class_share", prefix="condition.")
     require_share(config.orders, "random_share", "merge_share", prefix="orders.")
@@ -163,19 +162,22 @@ class AnyOrderSystem:
         self.tokenizer = self._tokenizer()
         classes = len(self.train_tokens.class_names) if config.condition.class_share else 0
         self.vocabulary = Vocabulary.build(self.train_tokens.captions, classes)
-        self.model = AnyOrderModel(
-            len(self.vocabulary), self.train_tokens.vocabulary, self.train_tokens.grid, **_model_options(config)
-        )
-        self.model.vocabulary = self.vocabulary
+        self.model = self._make_model()
         self.mixture = mixture(config, self.train_tokens.grid)
         self.networks: dict[str, nn.Module] = {"model": TokenObjective(self.model)}
         self.optimizers = {"model": config.optimizer}
+
+    def _make_model(self) -> AnyOrderModel:
+        codes, grid = self.train_tokens.vocabulary, self.train_tokens.grid
+        model = AnyOrderModel(len(self.vocabulary), codes, grid, **_model_options(self.config))
+        model.vocabulary = self.vocabulary
+        return model
 
     def _tokenizer(self) -> VQModel | None:
         folder = self.config.data.tokenizer
         if folder is None:
             return None
-        found = sha256(Path(folder) / WEIGHTS_FILE)
+        found = sha256(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
         if self.train_tokens.tokenizer_sha256 not in ("", found):
             raise VgenError(
                 f"the tokens in {self.config.data.tokens} were made with another tokenizer than {folder} (its weights differ); "
@@ -255,14 +257,16 @@ class AnyOrderSystem:
             total += terms["loss"].item() * len(batch["tokens"])
         return total / len(rows)
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> None:
         """A pipeline folder (tokenizer, model, sampling settings), or the model alone where no tokenizer is named."""
-        # nn.Module.to: diffusers' own warns about a list of modules to keep in fp32 that is empty here.
-        model = nn.Module.to(copy.deepcopy(self.model), dtype)
+        model = self._make_model()
+        model.load_state_dict({key.removeprefix("model."): value for key, value in weights["model"].items()})
+        model = to_dtype(model, dtype)
         if self.tokenizer is None:
             model.save_pretrained(folder)
         else:
-            self._pipeline(nn.Module.to(copy.deepcopy(self.tokenizer), dtype), model).save_pretrained(folder)
+            tokenizer = to_dtype(copy.deepcopy(self.tokenizer), dtype)
+            self._pipeline(tokenizer, model).save_pretrained(folder)
 
     def _pipeline(self, tokenizer: VQModel, model: AnyOrderModel) -> VisualPipeline:
         return VisualPipeline(tokenizer, model, **asdict(self.config.sampling))

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -26,7 +27,6 @@ from vgen.tokenizers_vis.base import to_uint8
 from vgen.tokenizers_vis.vq import VQModel
 from vgen.train.metrics import psnr
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PART = 4096  # pictures per part: what a kill can cost at most
 
 
@@ -71,7 +71,7 @@ def load_tokenizer(folder: str | Path) -> tuple[VQModel, Path]:
     """The tokenizer of a model folder (or of a pipeline folder's `tokenizer/`) and the folder that holds its weights."""
     folder = Path(folder)
     for candidate in (folder, folder / "tokenizer"):
-        if (candidate / WEIGHTS_FILE).is_file() and (candidate / "config.json").is_file():
+        if (candidate / SAFETENSORS_WEIGHTS_NAME).is_file() and (candidate / "config.json").is_file():
             kind = json.loads((candidate / "config.json").read_text(encoding="utf-8")).get("_class_name")
             if kind != VQModel.__name__:
                 raise VgenError(
@@ -79,7 +79,7 @@ def load_tokenizer(folder: str | Path) -> tuple[VQModel, Path]:
                 )
             return VQModel.from_pretrained(candidate).eval().requires_grad_(False), candidate
     raise VgenError(
-        f"{folder} holds no tokenizer (config.json and {WEIGHTS_FILE}); `vgen train` writes one to RUN/model"
+        f"{folder} holds no tokenizer (config.json and {SAFETENSORS_WEIGHTS_NAME}); `vgen train` writes one to RUN/model"
     )
 
 
@@ -113,7 +113,7 @@ def cache_tokens(
     tokenizer, folder = load_tokenizer(model)
     tokenizer.spec.grid(size, size)
     tokenizer.to(device)
-    digest = sha256(folder / WEIGHTS_FILE)
+    digest = sha256(folder / SAFETENSORS_WEIGHTS_NAME)
     reports = []
     for split in splits_of(data):
         plain = open_images(data, split, size)

@@ -80,10 +80,10 @@ def save(
     optimizers: dict[str, dict[str, Any]] = {}
     for name, trainee in trainees.items():  # collective calls: every process takes part
         module = accelerator.unwrap_model(trainee.network)
-        tensors[name] = get_model_state_dict(module, options=_WHOLE)
+        tensors[name] = whole_weights(accelerator, trainee)
         optimizers[name] = get_optimizer_state_dict(module, list(trainee.optimizers), options=_WHOLE)
         if trainee.average:
-            tensors[f"{name}.average"] = {key: _whole(value) for key, value in trainee.average.values.items()}
+            tensors[f"{name}.average"] = {key: whole(value).cpu() for key, value in trainee.average.values.items()}
     if accelerator.is_main_process and not target.exists():
         with atomic_folder(target) as temporary:
             for name, content in tensors.items():
@@ -139,15 +139,20 @@ def prune(folder: Path, keep: int, better: int) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().cpu()
+def whole_weights(accelerator: Accelerator, trainee: Trainee) -> dict[str, Tensor]:
+    """Parameters and buffers of a network, gathered from all processes on the main one's CPU. Collective."""
+    return get_model_state_dict(accelerator.unwrap_model(trainee.network), options=_WHOLE)
 
 
-def _fill(target: Tensor, whole: Tensor) -> None:
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor without its gradient history, gathered when it is sharded (then collective)."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _fill(target: Tensor, value: Tensor) -> None:
     if isinstance(target, DTensor):
-        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements)
-    target.copy_(whole)
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    target.copy_(value)
 
 
 def _brief(error: Exception) -> str:

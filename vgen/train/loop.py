@@ -25,7 +25,17 @@ from torch import Tensor, nn
 
 from vgen.errors import VgenError
 from vgen.files import atomic_folder, atomic_path
-from vgen.train.checkpoint import Checkpoint, Trainee, checkpoints, load, prune, remove_leftovers, save
+from vgen.train.checkpoint import (
+    Checkpoint,
+    Trainee,
+    checkpoints,
+    load,
+    prune,
+    remove_leftovers,
+    save,
+    whole,
+    whole_weights,
+)
 from vgen.train.config import TrainConfig, differences, merge, read_yaml, save_config, to_dict, to_yaml
 from vgen.train.log import RunLog
 from vgen.train.optim import Average, learning_rate, make_optimizers
@@ -102,9 +112,11 @@ class Trainer:
     def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes the averaged model with `save_pretrained`."""
         with self.averaged_weights():
+            # On a CPU these are the network's own tensors: they are averaged inside this block only.
+            weights = {name: whole_weights(self.accelerator, trainee) for name, trainee in self.trainees.items()}
             if self.main:
                 with atomic_folder(folder) as temporary:
-                    self.system.export(temporary, dtype)
+                    self.system.export(temporary, weights, dtype)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -132,7 +144,9 @@ class Trainer:
         return values[self.system.score[0]] if self.system.score else None
 
     def preview(self, step: int) -> None:
-        """Writes `previews/step_*.png`."""
+        """Writes `previews/step_*.png`. Not under FSDP2: a sharded network works through its forward alone, sampling does not."""
+        if self.accelerator.is_fsdp2:
+            return
         torch.manual_seed(derived_seed(self.config.seed, "preview"))
         with self.averaged_weights():
             picture = self.system.preview(step)
@@ -175,7 +189,7 @@ class Trainer:
             optimizer.zero_grad()
         if trainee.average:
             trainee.average.update(step)
-        return torch.as_tensor(norm).detach()
+        return whole(torch.as_tensor(norm))
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         layout = torch.channels_last if self.config.channels_last else torch.preserve_format

@@ -66,8 +66,8 @@ class System(Protocol):
     def evaluate(self, step: int) -> dict[str, float]:
         """Figures on held-out data, with the averaged weights."""
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
-        """Writes the trained model with `save_pretrained`, in `dtype`. The loop has put the averaged weights in place."""
+    def export(self, folder: Path, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> None:
+        """Writes a model with `save_pretrained`. weights: network -> state dict on the CPU, averaged where there is an average."""
 
 
 def system_module(name: str) -> ModuleType:
@@ -98,6 +98,11 @@ def build_system(config: TrainConfig, device: torch.device) -> System:
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """The config's precision, for calls that do not go through a prepared network."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def to_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model` with floating-point weights in `dtype`; not diffusers' `to`, which warns about a list that is empty here."""
+    return nn.Module.to(model, dtype)
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from torch import Generator, Tensor, nn
 
+from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.data.batches import batches
 from vgen.data.dataset import open_images
 from vgen.data.images import Augment
@@ -32,7 +33,7 @@ from vgen.train.config import (
     require_share,
 )
 from vgen.train.metrics import psnr, ssim
-from vgen.train.system import Loss, autocast, spread
+from vgen.train.system import Loss, autocast, spread, to_dtype
 from vgen.viz.sheets import sheet
 
 PERCEPTUAL = ("pyramid", "lpips", "none")
@@ -75,6 +76,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """Where the weights come from. model: a VQModel folder of the same shape (None: fresh weights); freeze_codes: train the
+    decoder alone, so that the codes of every picture stay what they are and cached tokens and generators stay valid.
+    """
+
+    model: str | None = None
+    freeze_codes: bool = False
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Weights of the terms. perceptual: `lpips` needs its two files; `pyramid` is the substitute for machines without them.
 
@@ -105,6 +116,7 @@ class Config(TrainConfig):
 
     data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
     model: ModelConfig = field(default_factory=ModelConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -145,6 +157,12 @@ def check(config: Config) -> None:
             require(
                 bool(path) and Path(path).is_file(), f"loss.perceptual=lpips needs the file loss.{name}, found {path}"
             )
+    if config.start.model is not None:
+        path = Path(config.start.model) / SAFETENSORS_WEIGHTS_NAME
+        require(path.is_file(), f"start.model: {path} does not exist; expected a folder written by `vgen train`")
+    if config.start.freeze_codes:
+        require(config.start.model is not None, "start.freeze_codes keeps the codes of start.model, which is not set")
+        require(loss.restart_every == 0, "start.freeze_codes and loss.restart_every contradict each other; set it to 0")
     least = 8 * 2**2
     require(
         loss.perceptual != "pyramid" or data.size >= least,
@@ -156,6 +174,17 @@ def make_model(config: Config) -> VQModel:
     """A VQModel with fresh weights."""
     changes = {key: value for key, value in asdict(config.model).items() if key != "size" and value is not None}
     return VQModel.of_size(config.model.size, **changes)
+
+
+def started_model(config: Config) -> VQModel:
+    """The model that training begins with: fresh, or `start.model`, with the coding half frozen where asked."""
+    model = make_model(config)
+    if config.start.model is not None:
+        load_exactly(model, read_state_dict(Path(config.start.model) / SAFETENSORS_WEIGHTS_NAME))
+    if config.start.freeze_codes:
+        for part in (model.encoder, model.quant_conv, model.quantize):
+            part.requires_grad_(False)
+    return model
 
 
 def build(config: Config, device: torch.device) -> VQTokenizerSystem:
@@ -190,7 +219,7 @@ class VQTokenizerSystem:
             data.path, data.train_split, data.size, augment, seed=config.seed, cache=data.cache
         )
         self.held_out = open_images(data.path, data.held_out_split, data.size, cache=data.cache)
-        self.model = make_model(config)
+        self.model = started_model(config)
         discriminator = PatchDiscriminator(width=loss.disc_width, layers=loss.disc_layers)
         options = {
             "reconstruction_loss": loss.reconstruction,
@@ -299,10 +328,11 @@ class VQTokenizerSystem:
             found["codes"].append(output.quantized.indices.flatten())
         return {key: torch.cat(values) for key, values in found.items()}
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> None:
         """A VQModel folder."""
-        # nn.Module.to: diffusers' own warns about a list of modules to keep in fp32 that is empty here.
-        nn.Module.to(copy.deepcopy(self.model), dtype).save_pretrained(folder)
+        model = make_model(self.config)
+        model.load_state_dict(weights["tokenizer"])
+        to_dtype(model, dtype).save_pretrained(folder)
 
 
 def _perceptual(loss: LossConfig) -> nn.Module | None:

@@ -1,0 +1,233 @@
+"""The registry of published checkpoints: complete, true to the models and orders, and able to say what it wants."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from vgen.convert import published as registry
+from vgen.convert.published import find, locate, names, published
+from vgen.errors import VgenError
+from vgen.models.llamagen import LlamaGenModel
+from vgen.models.nar import NARModel
+from vgen.models.par import PARModel
+from vgen.models.rar import RARModel
+from vgen.samplers.choice import TokenChoice
+from vgen.samplers.guidance import ClassifierFree
+from vgen.samplers.orders import make_order
+from vgen.tokenizers_vis.maskgit_vqgan import SIZES as MASKGIT_SIZES
+from vgen.tokenizers_vis.maskgit_vqgan import MaskGITVQGAN
+from vgen.tokenizers_vis.vq import SIZES as VQ_SIZES
+from vgen.tokenizers_vis.vq import VQModel
+
+FAMILIES = {
+    "llamagen": (LlamaGenModel, LlamaGenModel.size_config),
+    "par": (PARModel, PARModel.size_config),
+    "nar": (NARModel, NARModel.size_config),
+    "rar": (RARModel, RARModel.size_config),
+    "vq": (VQModel, VQ_SIZES.__getitem__),
+    "maskgit_vqgan": (MaskGITVQGAN, MASKGIT_SIZES.__getitem__),
+}
+EXPECTED = {
+    *(f"llamagen-c2i-{name}" for name in ("B-256", "B-384", "L-256", "L-384", "XL-384", "XXL-384", "3B-384")),
+    *("llamagen-t2i-XL-256", "llamagen-t2i-XL-512"),
+    *(f"par-{name}-384" for name in ("XL-4x", "XXL-4x", "3B-4x", "3B-16x")),
+    *(f"nar-c2i-{size}-256" for size in ("B", "M", "L", "XL", "XXL")),
+    *("nar-t2i-XL-256", "nar-t2i-XL-512"),
+    *(f"rar-{size}-256" for size in ("B", "L", "XL", "XXL")),
+}
+
+
+def test_every_published_generator_has_an_entry():
+    assert set(names(kind="generator")) >= EXPECTED
+    assert set(names("rar")) == {f"rar-{size}-256" for size in ("B", "L", "XL", "XXL")}
+
+
+@pytest.mark.parametrize("name", names())
+def test_entries_hold_together(name):
+    entry = published(name)
+    assert entry.name == name and entry.code_licence and entry.weights_licence
+    for role, part in entry.parts.items():
+        assert published(part).kind == ("generator" if role == "model" else role) or part == name
+    for measurement in entry.measurements:
+        assert all(math.isfinite(value) for value in measurement.values.values())
+    if entry.kind != "generator":
+        return
+    sampling = entry.sampling
+    ClassifierFree(sampling.guidance_scale, sampling.guidance_schedule, sampling.guidance_power)
+    TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p)
+    order = make_order(sampling.order, entry.grid)
+    assert sampling.calls in (order.calls, None)
+    assert any(sampling.order.startswith(kind) for kind in entry.orders)
+    assert entry.options.get("grid", entry.grid) == entry.grid
+
+
+@pytest.mark.parametrize("name", [name for name in names() if published(name).family in FAMILIES])
+def test_sizes_have_the_published_parameter_counts(name):
+    entry = published(name)
+    model, size_config = FAMILIES[entry.family]
+    with torch.device("meta"):
+        built = model(**{**size_config(entry.size), **entry.options})
+    assert sum(parameter.numel() for parameter in built.parameters()) == entry.parameters
+    if entry.tokenizer:
+        tokenizer = published(entry.tokenizer)
+        kind, sizes = FAMILIES[tokenizer.family]
+        with torch.device("meta"):
+            spec = kind(**sizes(tokenizer.size)).spec
+        assert spec.vocabulary == built.config.codes
+
+
+def test_an_unknown_name_names_the_nearest():
+    with pytest.raises(VgenError, match="did you mean 'llamagen-c2i-B-256'"):
+        find("llamagen-c2i-B-265")
+
+
+# ---------------------------------------------------------------- files in a folder
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize("inside", ["", "RAR/", "yucornetto/RAR/"])
+def test_files_are_found_where_users_put_them(tmp_path, inside):
+    model = touch(tmp_path / f"{inside}rar_b.bin")
+    tokenizer = touch(tmp_path / "maskgit-vqgan-imagenet-f16-256.bin")
+    assert locate("rar-B-256", tmp_path) == {"model": model, "tokenizer": tokenizer}
+
+
+def test_a_file_may_have_the_name_of_the_entry(tmp_path):
+    tokenizer = touch(tmp_path / "llamagen-vq16.pt")
+    touch(tmp_path / "something-else.pt")
+    model = touch(tmp_path / "nar-c2i-L-256.pt")
+    assert locate("nar-c2i-L-256", tmp_path) == {"model": model, "tokenizer": tokenizer}
+
+
+def test_a_file_of_unknown_name_is_found_in_the_folder_of_its_repository(tmp_path):
+    touch(tmp_path / "vq_ds16_c2i.pt")
+    model = touch(tmp_path / "NAR-imagenet-256-L" / "anything.pt")
+    assert locate("nar-c2i-L-256", tmp_path)["model"] == model
+    touch(tmp_path / "NAR-imagenet-256-L" / "another.pt")
+    with pytest.raises(VgenError, match="2 files that could be nar-c2i-L-256"):
+        locate("nar-c2i-L-256", tmp_path)
+
+
+def test_a_text_encoder_is_a_folder(tmp_path):
+    for file in ("t2i_XL_stage1_256.pt", "vq_ds16_t2i.pt"):
+        touch(tmp_path / file)
+    with pytest.raises(VgenError, match="google/flan-t5-xl"):
+        locate("llamagen-t2i-XL-256", tmp_path)
+    for pattern in published("flan-t5-xl").files:
+        touch(tmp_path / "flan-t5-xl" / pattern.replace("*", "x"))
+    assert locate("llamagen-t2i-XL-256", tmp_path)["text_encoder"] == tmp_path / "flan-t5-xl"
+
+
+def test_missing_files_are_named_with_their_sources(tmp_path):
+    touch(tmp_path / "vq_ds16_c2i.pt")
+    with pytest.raises(VgenError) as error:
+        locate("llamagen-c2i-B-256", tmp_path)
+    message = str(error.value)
+    assert "c2i_B_256.pt from the hub repository FoundationVision/LlamaGen" in message and str(tmp_path) in message
+    assert "vq_ds16_c2i" not in message, "what is there is not asked for"
+
+
+# ---------------------------------------------------------------- downloads
+
+
+def test_files_come_from_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo, file):
+        asked.append((repo, file))
+        return str(touch(tmp_path / file))
+
+    monkeypatch.setattr(registry.huggingface_hub, "hf_hub_download", download)
+    paths = locate("rar-XL-256")
+    assert asked == [("yucornetto/RAR", "rar_xl.bin"), ("fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin")]
+    assert paths["model"] == tmp_path / "rar_xl.bin"
+
+
+def test_patterns_and_folders_are_downloaded_as_snapshots(tmp_path, monkeypatch):
+    def snapshot(repo, allow_patterns):
+        for pattern in allow_patterns:
+            touch(tmp_path / repo / pattern.replace("*", "x"))
+        return str(tmp_path / repo)
+
+    monkeypatch.setattr(registry.huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(registry.huggingface_hub, "hf_hub_download", lambda repo, file: str(touch(tmp_path / file)))
+    paths = locate("nar-t2i-XL-512")
+    assert paths["model"] == tmp_path / "yefly/NAR-XL-t2i-stage2" / "x.pt"
+    assert paths["text_encoder"] == tmp_path / "google/flan-t5-xl"
+
+
+def test_without_a_network_one_error_says_what_is_wanted(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route to host\nmore lines")
+
+    monkeypatch.setattr(registry.huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(VgenError) as error:
+        locate("llamagen-c2i-B-256")
+    message = str(error.value)
+    assert "c2i_B_256.pt" in message and "vq_ds16_c2i.pt" in message and "--checkpoint-dir" in message
+    assert "no route to host" in message and "\n" not in message
+
+
+def test_a_checkpoint_that_is_not_on_the_hub_says_where_it_is(monkeypatch):
+    monkeypatch.setattr(registry.huggingface_hub, "snapshot_download", lambda *args, **kwargs: "/")
+    with pytest.raises(VgenError, match="Meta's Chameleon release"):
+        locate("chameleon-vqgan")
+
+
+# ---------------------------------------------------------------- broken entries
+
+
+GOOD = """
+version: 1
+kind: tokenizer
+family: vq
+paper: none
+repo: someone/something
+files: [a.pt]
+nesting: flat
+code_licence: none stated
+weights_licence: none stated
+"""
+
+
+@pytest.fixture
+def entry(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "FOLDERS", (tmp_path,))
+    published.cache_clear()
+    yield lambda text: (tmp_path / "mine.yaml").write_text(text)
+    published.cache_clear()
+
+
+def test_a_good_entry_is_read(entry):
+    entry(GOOD)
+    assert names() == ["mine"] and published("mine").source == "a.pt from the hub repository someone/something"
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("nesting: flat", "nestin: flat", "nesting"),
+        ("nesting: flat", "nesting: deep", "nesting is one of flat"),
+        ("kind: tokenizer", "kind: tokeniser", "kind is one of"),
+        ("version: 1", "version: 2", "reads version 1"),
+        ("repo: someone/something", "repo: null", "repo"),
+        ("code_licence: none stated", "", "code_licence must be set"),
+    ],
+)
+def test_a_broken_entry_is_an_error(entry, old, new, message):
+    entry(GOOD.replace(old, new))
+    with pytest.raises(VgenError, match=message):
+        published("mine")
+
+
+def test_a_missing_list_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "FOLDERS", (tmp_path / "a", tmp_path / "b"))
+    with pytest.raises(VgenError, match="install vgen again"):
+        names()

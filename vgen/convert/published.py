@@ -1,0 +1,230 @@
+"""The registry of published checkpoints: where each one lives, what it is, how its paper samples it, what it scored.
+
+One YAML file per checkpoint in `configs/published/` (installed as `vgen/published/`); its stem is the checkpoint's name. They
+are facts about other people's releases, with their licences: vgen ships none of these weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from omegaconf import MISSING
+
+from vgen.errors import VgenError, nearest
+from vgen.train.config import merge, read_yaml
+
+HERE = Path(__file__).resolve()
+FOLDERS = (HERE.parents[1] / "published", HERE.parents[2] / "configs" / "published")  # installed; a checkout
+VERSION = 1
+KINDS = ("generator", "tokenizer", "text_encoder")
+NESTINGS = ("flat", "model", "state_dict", "folder")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of the published figures. guidance_scale 1: none; guidance_power: of the schedule power-cosine."""
+
+    order: str = "raster"
+    guidance_scale: float = 1.0
+    guidance_schedule: str = "constant"
+    guidance_power: float = 1.5
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    precision: str = "fp32"
+    calls: int | None = None  # forward passes a picture
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the figures were measured: 'not stated' where the release does not say."""
+
+    reference: str = "not stated"  # statistics that the samples are compared with
+    samples: int | None = None
+    classes: str = "not stated"
+    resize: str = "none"
+    rounding: str = "not stated"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Published figures of one evaluation. settings: where they differ from `Published.sampling`."""
+
+    source: str
+    values: dict[str, float]  # fid, is, sfid, precision, recall, rfid, geneval, images_per_second, …
+    settings: str = "as sampling"
+    protocol: Protocol = field(default_factory=Protocol)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published checkpoint.
+
+    family: llamagen, par, nar, rar, lumina, or of a tokenizer or text encoder. repo: on the Hugging Face hub (None:
+    elsewhere, see `where`). files: one file, or those of a folder (nesting 'folder'), as names or patterns. nesting: entry
+    of the file that holds the tensors, or 'flat'. size, options: the family's `size_config(size)` updated by `options`
+    gives the constructor arguments. grid: (H, W) tokens. parameters: without buffers; None where not known. tokenizer,
+    text_encoder: names of other entries. orders: what it decodes without retraining. code_licence, weights_licence:
+    'none stated' where so. notes: what else a user must know, and what was not verified.
+    """
+
+    name: str = MISSING
+    version: int = MISSING
+    kind: str = MISSING
+    family: str = MISSING
+    paper: str = MISSING
+    repo: str | None = MISSING
+    files: list[str] = MISSING
+    nesting: str = MISSING
+    code_licence: str = MISSING
+    weights_licence: str = MISSING
+    where: str | None = None
+    size: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    grid: list[int] = field(default_factory=list)  # empty: any (tokenizers)
+    parameters: int | None = None
+    tokenizer: str | None = None
+    text_encoder: str | None = None
+    orders: list[str] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    measurements: list[Measurement] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def source(self) -> str:
+        """Where its files are, in words: 'c2i_B_256.pt from the hub repository FoundationVision/LlamaGen'."""
+        origin = f"the hub repository {self.repo}" if self.repo else self.where
+        return f"{', '.join(self.files)} from {origin}"
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """role -> name of everything that a picture needs: 'model' (itself), 'tokenizer', 'text_encoder'."""
+        roles = {"model": self.name, "tokenizer": self.tokenizer, "text_encoder": self.text_encoder}
+        return {role: name for role, name in roles.items() if name is not None}
+
+
+def folder() -> Path:
+    """The folder with the YAML files, of an installed package or of a checkout."""
+    found = next((path for path in FOLDERS if path.is_dir()), None)
+    if found is None:
+        raise VgenError(
+            f"the list of published checkpoints is missing: expected {' or '.join(map(str, FOLDERS))}; install vgen again"
+        )
+    return found
+
+
+def names(family: str | None = None, kind: str | None = None) -> list[str]:
+    """Names of all published checkpoints, or of those of one family and kind (`KINDS`), sorted."""
+    entries = (path.stem for path in folder().glob("*.yaml"))
+    return sorted(
+        name
+        for name in entries
+        if (family is None or published(name).family == family) and (kind is None or published(name).kind == kind)
+    )
+
+
+def find(name: str) -> Path:
+    """The YAML file of a checkpoint. Raises VgenError for an unknown name, naming the nearest ones."""
+    path = folder() / f"{name}.yaml"
+    if name not in names():
+        known = names(kind="generator")
+        raise VgenError(
+            f"there is no published checkpoint {name!r}{nearest(name, names())}; generators: {', '.join(known)}"
+        )
+    return path
+
+
+@cache
+def published(name: str) -> Published:
+    """What is known about a published checkpoint. Raises VgenError for an unknown name or a broken file."""
+    path = find(name)
+    found = merge(Published, {"name": name}, read_yaml(path))
+    for field_name, value, allowed in (("kind", found.kind, KINDS), ("nesting", found.nesting, NESTINGS)):
+        if value not in allowed:
+            raise VgenError(f"{path}: {field_name} is one of {', '.join(allowed)}, got {value!r}")
+    if found.version != VERSION:
+        raise VgenError(f"{path} has version {found.version}, this vgen reads version {VERSION}")
+    if not found.files or (found.repo is None) == (found.where is None):
+        raise VgenError(f"{path} must name files, and either a hub repository (repo) or another place (where)")
+    return found
+
+
+def locate(name: str, checkpoint_dir: str | Path | None = None) -> dict[str, Path]:
+    """Files of a checkpoint and of what it needs: 'model', 'tokenizer', 'text_encoder' -> a file (or folder: nesting 'folder').
+
+    checkpoint_dir: a folder that holds them, directly, under `<repository>/`, under `<owner>/<repository>/`, or as `<name>.<suffix>`;
+    nothing is downloaded then. None: the hub's cache, filled from the network where needed. Raises one VgenError that says
+    which files are wanted and from where.
+    """
+    parts = {role: published(part) for role, part in published(name).parts.items()}
+    paths: dict[str, Path] = {}
+    failures: dict[str, str] = {}
+    for role, part in parts.items():
+        try:
+            paths[role] = _download(part) if checkpoint_dir is None else _in_folder(part, Path(checkpoint_dir))
+        except FileNotFoundError as error:
+            failures[role] = str(error)
+    if failures:
+        wanted = "; ".join(parts[role].source for role in failures)
+        reason = next(iter(failures.values()))
+        advice = (
+            "connect to the network, or download them elsewhere and pass --checkpoint-dir"
+            if checkpoint_dir is None
+            else "put them there, or leave --checkpoint-dir out to download them"
+        )
+        raise VgenError(f"{name} needs {wanted}, but {reason}; {advice}")
+    return paths
+
+
+def _in_folder(entry: Published, root: Path) -> Path:
+    """FileNotFoundError: not there; VgenError: more than one file fits a pattern."""
+    places = _places(entry, root)
+    if entry.nesting == "folder":
+        for place in places[1:]:
+            if place.is_dir() and all(any(place.glob(pattern)) for pattern in entry.files):
+                return place
+        raise FileNotFoundError(f"{root} has no folder {places[1].name} with them")
+    pattern = entry.files[0]
+    for place, wanted in [(root, f"{entry.name}{Path(pattern).suffix}"), *((place, pattern) for place in places)]:
+        if place == root and "*" in wanted:
+            continue  # a pattern such as *.pt says nothing in a folder that many checkpoints share
+        found = sorted(place.glob(wanted)) if place.is_dir() else []
+        if len(found) > 1:
+            raise VgenError(f"{place} has {len(found)} files that could be {entry.name} ({wanted}); leave one there")
+        if found:
+            return found[0]
+    raise FileNotFoundError(f"{root} does not have all of them")
+
+
+def _places(entry: Published, root: Path) -> list[Path]:
+    owner, _, repository = (entry.repo or f"/{entry.name}").rpartition("/")
+    return [root, root / repository, root / owner / repository]
+
+
+def _download(entry: Published) -> Path:
+    """FileNotFoundError when the hub cannot be reached or has no such file."""
+    if entry.repo is None:
+        raise FileNotFoundError(f"{entry.name} is not on the hub ({entry.where})")
+    try:
+        if entry.nesting != "folder" and "*" not in entry.files[0]:
+            return Path(huggingface_hub.hf_hub_download(entry.repo, entry.files[0]))
+        copy = Path(huggingface_hub.snapshot_download(entry.repo, allow_patterns=entry.files))
+    except Exception as error:  # the hub client's errors (HTTP, offline, cache, name) have no common base
+        raise FileNotFoundError(f"the download failed ({type(error).__name__}: {_first_line(error)})") from error
+    return copy if entry.nesting == "folder" else _only(copy, entry.files)
+
+
+def _only(place: Path, patterns: Sequence[str]) -> Path:
+    found = [path for pattern in patterns for path in sorted(place.glob(pattern))]
+    if len(found) != 1:
+        raise FileNotFoundError(f"{place} has {len(found)} files that fit {', '.join(patterns)}, expected one")
+    return found[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")

@@ -1,0 +1,55 @@
+"""Class labels to prefix ids, for the class-conditional published models: the counterpart of `Vocabulary`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vgen.errors import VgenError
+from vgen.samplers.types import Condition
+
+
+@dataclass(frozen=True)
+class ClassVocabulary:
+    """One prefix id per class, 0 to classes - 1, and the null class `classes` behind them."""
+
+    classes: int
+
+    def labels(self, labels: Sequence[int]) -> Condition:
+        """One class a row: ids [B, 1]. Raises VgenError for a label out of range."""
+        for label in labels:
+            if not 0 <= int(label) < self.classes:
+                raise VgenError(f"class labels of this model are 0 to {self.classes - 1}, got {int(label)}")
+        return self._condition([int(label) for label in labels])
+
+    def null(self, batch: int) -> Condition:
+        """The null class: the unconditional row of classifier-free guidance."""
+        return self._condition([self.classes] * batch)
+
+    def captions(self, captions: Sequence[str], limit: int = 0, strict: bool = True) -> Condition:
+        """Raises VgenError: a class-conditional model takes no prompt."""
+        raise VgenError(f"this model knows {self.classes} classes and no words; give a class label instead of a prompt")
+
+    def drop(self, condition: Condition, share: float, uniform: torch.Tensor | None = None) -> Condition:
+        """Training: every row becomes the null class with probability `share`. uniform: [B] draws."""
+        ids = condition.ids
+        uniform = torch.rand(len(ids), device=ids.device) if uniform is None else uniform
+        return Condition(ids.masked_fill((uniform < share)[:, None], self.classes), condition.mask, condition.extras)
+
+    def check(self, condition: Condition) -> None:
+        """Raises VgenError unless `condition` is one class (or null) a row. Synchronises: once a run, never in the loop."""
+        ids = condition.ids
+        if ids.dim() != 2 or ids.shape[1] != 1:
+            raise VgenError(f"this model takes one class id a row, [B, 1], got ids of shape {list(ids.shape)}")
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < 0 or high > self.classes:
+            raise VgenError(
+                f"class ids of this model are 0 to {self.classes - 1}, and {self.classes} for none, got {low} to {high}"
+            )
+
+    @staticmethod
+    def _condition(rows: list[int]) -> Condition:
+        ids = torch.tensor(rows, dtype=torch.long)[:, None]
+        return Condition(ids, torch.ones_like(ids, dtype=torch.bool))
