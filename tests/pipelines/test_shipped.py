@@ -1,0 +1,71 @@
+"""The model that ships with the package: it is there, small enough, and makes what it is asked for, in any order."""
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vgen.cli.main import main
+from vgen.cli.sample import PROMPTS
+from vgen.errors import VgenError
+from vgen.pipelines.visual import SHIPPED, VisualPipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return VisualPipeline.shipped("emoji")
+
+
+def colour(image, left, top, right, bottom):
+    """Mean RGB of a box given in shares of the side."""
+    array = np.asarray(image, dtype=float)
+    rows, columns = (slice(int(a * 64), int(b * 64)) for a, b in ((top, bottom), (left, right)))
+    return array[rows, columns].reshape(-1, 3).mean(axis=0)
+
+
+def test_weights_stay_within_25_megabytes():
+    folder = Path(str(resources.files("vgen.assets")))
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 25e6
+    assert {path.name for path in folder.iterdir() if path.is_dir()} - {"__pycache__"} == set(SHIPPED)
+    with pytest.raises(VgenError, match="emoji"):
+        VisualPipeline.shipped("emojis")
+
+
+def test_default_prompts_are_words_it_knows(pipe):
+    assert len(PROMPTS) == 16
+    pipe.model.vocabulary.captions(PROMPTS, pipe.model.config.prefix_limit)
+
+
+@pytest.mark.parametrize("order", [None, "raster", "neighbor", "regions-4", "zip-3", "random", "confidence"])
+def test_pictures_show_what_was_asked_for(pipe, order):
+    heart, flag, apple = pipe(["red heart", "flag of japan", "red apple"], order=order, seed=2).images
+    for image, box in ((heart, (0.4, 0.35, 0.6, 0.6)), (flag, (0.45, 0.4, 0.6, 0.6)), (apple, (0.3, 0.4, 0.7, 0.8))):
+        red, green, blue = colour(image, *box)
+        assert red > 130 and red > green + 60 and red > blue + 40
+    assert colour(flag, 0.05, 0.25, 0.2, 0.6).min() > 190  # white beside the disc
+    assert colour(heart, 0.0, 0.9, 0.15, 1.0).min() > 200  # and around the heart
+
+
+def test_batch_one_equals_batch_sixteen(pipe):
+    one, many = (pipe(PROMPTS[:5], batch_size=size, seed=7).tokens for size in (1, 16))
+    assert torch.equal(one, many)
+
+
+def test_inpainting_in_the_shipped_model(pipe, tmp_path):
+    from PIL import Image
+
+    base = pipe("grinning face").images[0]
+    mask = Image.new("L", base.size)
+    mask.paste(255, (0, 32, 64, 64))
+    result = pipe("red heart", num_images=2, init_image=base, mask=mask)
+    kept = pipe.tokenizer.encode(torch.from_numpy(np.asarray(base).copy()).permute(2, 0, 1)[None] / 127.5 - 1)
+    assert torch.equal(result.tokens[:, :32], kept[:, :32].expand(2, -1))
+
+
+def test_the_first_command_of_the_readme(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample"]) == 0
+    assert (tmp_path / "outputs" / "samples.png").is_file()
+    assert "16 pictures" in capsys.readouterr().out
