@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,17 @@ from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
 from vgen.samplers.types import Canvas, Condition, Counters, Order, Step, grid_size
 
+# Modules whose classes a saved pipeline may hold. diffusers loads only what is imported already, and a file cannot add to this.
+COMPONENTS = (
+    "vgen.models.anyorder",
+    "vgen.models.dar",
+    "vgen.models.llamagen",
+    "vgen.models.nar",
+    "vgen.models.par",
+    "vgen.models.rar",
+    "vgen.tokenizers_vis.maskgit_vqgan",
+    "vgen.tokenizers_vis.vq",
+)
 SHIPPED = ("emoji",)  # pipelines whose weights are in the package, vgen/assets/
 Callback = Callable[[Step, Canvas], None]
 
@@ -107,6 +119,13 @@ class VisualPipeline(DiffusionPipeline):
             top_k=top_k,
             top_p=top_p,
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualPipeline:
+        """A pipeline folder or hub repository, as diffusers."""
+        for module in COMPONENTS:
+            importlib.import_module(module)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def shipped(cls, name: str = "emoji", **kwargs: Any) -> VisualPipeline:
