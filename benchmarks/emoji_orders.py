@@ -52,6 +52,12 @@ ORDERS = (
 )
 
 
+CURVES = {
+    "psnr": "PSNR against the caption's own picture, dB",
+    "held_out_nats": "held-out nats per token (less is better)",
+}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji", help="shipped model or pipeline folder (default emoji)")
@@ -64,6 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default=None)
     parser.add_argument("--guidance-scale", type=float, default=None, help="default: the model's")
     parser.add_argument("--temperature", type=float, default=None, help="default: the model's")
+    parser.add_argument("--curve", choices=CURVES, default="psnr", help="y axis of OUT_curve.png (default psnr)")
     parser.add_argument("--only", action="append", help="run only these orders")
     parser.add_argument("--out", type=Path, default=Path("docs/emoji_orders"))
     return parser.parse_args()
@@ -156,11 +163,9 @@ def report(args: argparse.Namespace, pipe, rows: list[dict], samples: dict, prom
     labels = [f"{label}" if i == 0 else prompts[i] for label, images in samples.items() for i in range(len(images))]
     with atomic_path(args.out.with_suffix(".png")) as temporary:
         sheet(pictures, labels, columns=12).save(temporary)
-    points = [(r["calls"], r["psnr"], r["order"]) for r in rows]
+    points = [(r["calls"], r[args.curve], r["order"]) for r in rows]
     with atomic_path(args.out.with_name(args.out.name + "_curve.png")) as temporary:
-        scatter(
-            points, "forward passes", "PSNR against the caption's own picture, dB", "One checkpoint, all orders"
-        ).save(temporary)
+        scatter(points, "forward passes", CURVES[args.curve], "One checkpoint, all orders").save(temporary)
     print("\n".join(lines))
 
 
