@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vgen.errors import VgenError
-from vgen.samplers.types import Grid
+from vgen.samplers.types import Grid, grid_size
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,49 @@ class Tokenizer(Protocol):
         noise: Any = None,
     ) -> Tensor:
         """Pixels of a batch. grid: None means square; the other options serve decoders that are themselves generative."""
+
+
+class CodeTokenizer:
+    """`encode` and `decode` of a deterministic tokenizer of codes on a grid; clips are coded frame by frame.
+
+    A subclass has `spec`, `quantize` (its result has `indices` [B, n]), and these three:
+    features(pixels [B, 3, H, W]) -> what the quantizer gets; code_vectors(tokens [B, N]) -> [B, N, C];
+    reconstruct(vectors [B, C, h, w]) -> pixels [B, 3, H, W].
+    """
+
+    def encode(self, pixels: Tensor, noise: Any = None) -> Tensor:
+        """[B, 3, H, W] or [B, 3, T, H, W] in [-1, 1] -> codes [B, N] int64, raster order. noise is not used."""
+        self.spec.grid(*pixels.shape[-2:])
+        frames = rearrange(pixels, "b c t h w -> (b t) c h w") if pixels.dim() == 5 else pixels
+        return rearrange(self.quantize(self.features(frames)).indices, "(b t) n -> b (t n)", b=pixels.shape[0])
+
+    def codes_to_vectors(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Codes [B, T*h*w] -> code vectors [B*T, C, h, w]."""
+        return rearrange(self.code_vectors(tokens), "b (t h w) c -> (b t) c h w", t=grid[0], h=grid[1], w=grid[2])
+
+    def decode(
+        self,
+        tokens: Tensor,
+        grid: Grid | None = None,
+        condition: Any = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        noise: Any = None,
+    ) -> Tensor:
+        """Codes [B, N] -> pixels [B, 3, H, W] (or [B, 3, T, H, W] for T > 1). grid: None means square.
+
+        The decoder is deterministic and unconditional: steps and guidance raise VgenError, condition and noise are not used.
+        """
+        if steps is not None or guidance is not None:
+            raise VgenError("a VQ decoder runs once and takes no steps or guidance; leave both out")
+        grid = grid or square_grid(tokens.shape[1])
+        if grid_size(grid) != tokens.shape[1]:
+            raise VgenError(
+                f"grid {'x'.join(map(str, grid))} has {grid_size(grid)} positions, got {tokens.shape[1]} tokens"
+            )
+        check_tokens(tokens, self.spec.vocabulary)
+        pixels = self.reconstruct(self.codes_to_vectors(tokens, grid))
+        return pixels if grid[0] == 1 else rearrange(pixels, "(b t) c h w -> b c t h w", t=grid[0])
 
 
 def square_grid(tokens: int) -> Grid:

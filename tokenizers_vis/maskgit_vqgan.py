@@ -27,8 +27,7 @@ from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
 from vgen.kernels.vq_nearest import vq_nearest
 from vgen.layers.conv import group_norm
-from vgen.samplers.types import Grid, grid_size
-from vgen.tokenizers_vis.base import TokenSpec, check_tokens, square_grid
+from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
 from vgen.tokenizers_vis.quantizers import Quantized
 
 # Keyword arguments of MaskGITVQGAN.
@@ -178,7 +177,7 @@ class VQGANOutput:
     quantized: Quantized
 
 
-class MaskGITVQGAN(ModelMixin, ConfigMixin):
+class MaskGITVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
     """Encoder, codebook, decoder. Keys and values equal the published file.
 
     hidden_channels: base width; channel_mult: width multipliers, finest level first; num_res_blocks: per level;
@@ -232,35 +231,10 @@ class MaskGITVQGAN(ModelMixin, ConfigMixin):
         quantized = self.quantize(self.features(pixels))
         return VQGANOutput(self.decoder(quantized.quantized) * 2 - 1, quantized)
 
-    def encode(self, pixels: Tensor, noise: Any = None) -> Tensor:
-        """[B, 3, H, W] or [B, 3, T, H, W] in [-1, 1] -> codes [B, N] int64, raster order. Deterministic: noise is not used."""
-        self.spec.grid(*pixels.shape[-2:])
-        frames = rearrange(pixels, "b c t h w -> (b t) c h w") if pixels.dim() == 5 else pixels
-        return rearrange(self.quantize(self.features(frames)).indices, "(b t) n -> b (t n)", b=pixels.shape[0])
+    def code_vectors(self, tokens: Tensor) -> Tensor:
+        """Codes [...] -> code vectors [..., C]."""
+        return self.quantize.embedding(tokens)
 
-    def decode(
-        self,
-        tokens: Tensor,
-        grid: Grid | None = None,
-        condition: Any = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        noise: Any = None,
-    ) -> Tensor:
-        """Codes [B, N] -> pixels [B, 3, H, W] (or [B, 3, T, H, W] for T > 1), clamped to [-1, 1]. grid: None means square.
-
-        The decoder is deterministic and unconditional: steps and guidance raise VgenError, condition and noise are not used.
-        """
-        if steps is not None or guidance is not None:
-            raise VgenError("a VQ decoder runs once and takes no steps or guidance; leave both out")
-        grid = grid or square_grid(tokens.shape[1])
-        if grid_size(grid) != tokens.shape[1]:
-            raise VgenError(
-                f"grid {'x'.join(map(str, grid))} has {grid_size(grid)} positions, got {tokens.shape[1]} tokens"
-            )
-        check_tokens(tokens, self.spec.vocabulary)
-        vectors = rearrange(
-            self.quantize.embedding(tokens), "b (t h w) c -> (b t) c h w", t=grid[0], h=grid[1], w=grid[2]
-        )
-        pixels = self.decoder(vectors).clamp(0, 1) * 2 - 1
-        return pixels if grid[0] == 1 else rearrange(pixels, "(b t) c h w -> b c t h w", t=grid[0])
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """[B, C, h, w] code vectors -> [B, 3, H, W], clamped to [-1, 1]."""
+        return self.decoder(vectors).clamp(0, 1) * 2 - 1

@@ -14,14 +14,12 @@ from diffusers import (
     ModelMixin,
 )  # ModelMixin must be a name of this module: saved pipelines look for it here
 from diffusers.configuration_utils import register_to_config
-from einops import rearrange
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
 from vgen.layers.conv import Decoder, Encoder
-from vgen.samplers.types import Grid, grid_size
-from vgen.tokenizers_vis.base import TokenSpec, check_tokens, square_grid
+from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
 from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer
 
 # Keyword arguments of VQModel. vq-16 and vq-8: LlamaGen, table 8 and its released files. emoji-*: ours, for 64-px pictures on CPUs.
@@ -59,7 +57,7 @@ class VQOutput:
     quantized: Quantized
 
 
-class VQModel(ModelMixin, ConfigMixin):
+class VQModel(CodeTokenizer, ModelMixin, ConfigMixin):
     """Encoder, L2-normalised codebook, decoder. Keys and values equal the published files.
 
     ch: base width; *_ch_mult: width multipliers, finest level first; num_res_blocks: per level; z_channels: width between the
@@ -150,42 +148,11 @@ class VQModel(ModelMixin, ConfigMixin):
         quantized = self.quantize(self.features(pixels))
         return VQOutput(self.pixels(quantized.quantized), quantized)
 
-    def encode(self, pixels: Tensor, noise: Any = None) -> Tensor:
-        """[B, 3, H, W] or [B, 3, T, H, W] in [-1, 1] -> codes [B, N] int64, raster order. Deterministic: noise is not used."""
-        self.spec.grid(*pixels.shape[-2:])
-        batch = pixels.shape[0]
-        frames = rearrange(pixels, "b c t h w -> (b t) c h w") if pixels.dim() == 5 else pixels
-        indices = self.quantize(self.features(frames)).indices
-        return rearrange(indices, "(b t) n -> b (t n)", b=batch)
+    reconstruct = pixels
 
-    def codes_to_vectors(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Codes [B, T*h*w] -> code vectors [B*T, C, h, w] fp32."""
-        vectors = self.quantize.lookup(tokens)
-        return rearrange(vectors, "b (t h w) c -> (b t) c h w", t=grid[0], h=grid[1], w=grid[2])
-
-    def decode(
-        self,
-        tokens: Tensor,
-        grid: Grid | None = None,
-        condition: Any = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        noise: Any = None,
-    ) -> Tensor:
-        """Codes [B, N] -> pixels [B, 3, H, W] (or [B, 3, T, H, W] for T > 1), not clamped. grid: None means square.
-
-        The decoder is deterministic and unconditional: steps and guidance raise VgenError, condition and noise are not used.
-        """
-        if steps is not None or guidance is not None:
-            raise VgenError("a VQ decoder runs once and takes no steps or guidance; leave both out")
-        grid = grid or square_grid(tokens.shape[1])
-        if grid_size(grid) != tokens.shape[1]:
-            raise VgenError(
-                f"grid {'x'.join(map(str, grid))} has {grid_size(grid)} positions, got {tokens.shape[1]} tokens"
-            )
-        check_tokens(tokens, self.spec.vocabulary)
-        pixels = self.pixels(self.codes_to_vectors(tokens, grid))
-        return pixels if grid[0] == 1 else rearrange(pixels, "(b t) c h w -> b c t h w", t=grid[0])
+    def code_vectors(self, tokens: Tensor) -> Tensor:
+        """Codes [...] -> code vectors [..., C] fp32."""
+        return self.quantize.lookup(tokens)
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
     _save(result.images, labels, args.out)
     report = result.stats.report()
     print(
-        f"{len(result.images)} pictures in {report['seconds']:.1f} s ({report['images_per_second']:.1f}/s), order {order.name}, "
+        f"{len(result.images)} picture{'s' * (len(result.images) > 1)} in {report['seconds']:.1f} s ({report['images_per_second']:.1f}/s), order {order.name}, "
         f"{report['calls_per_batch']:.0f} forward passes: {args.out}"
     )
     if trace:

@@ -210,6 +210,7 @@ def _download(entry: Published) -> Path:
     """FileNotFoundError when the hub cannot be reached or has no such file."""
     if entry.repo is None:
         raise FileNotFoundError(f"{entry.name} is not on the hub ({entry.where})")
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not ours to show: one sentence follows
     try:
         if entry.nesting != "folder" and "*" not in entry.files[0]:
             return Path(huggingface_hub.hf_hub_download(entry.repo, entry.files[0]))
