@@ -6,7 +6,7 @@ Prediction knows how to draw, the Canvas knows what has been decoded, and `decod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -199,9 +199,6 @@ class Guidance(Protocol):
 
     def mix(self, parts: Tensor, weights: Sequence[float]) -> Tensor:
         """[R, ...] -> [...], in fp32."""
-
-
-Mix = Callable[[Tensor], Tensor]
 
 
 class Prediction(Protocol):
