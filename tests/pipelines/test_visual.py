@@ -34,6 +34,11 @@ def test_pictures_do_not_depend_on_the_batch_size(pipeline):
     assert not torch.equal(one.tokens, pipeline(prompts, seed=4).tokens)
 
 
+def test_order_names_may_hold_their_own_steps_and_seed(pipeline):
+    assert pipeline("mat", order="random:steps=3,seed=9").stats.calls == 3
+    assert pipeline("mat", order="random-4", seed=5).stats.calls == 4
+
+
 def test_saved_pipeline_makes_the_same_pictures(pipeline, pipeline_folder):
     loaded = VisualPipeline.from_pretrained(pipeline_folder)
     assert loaded.config.order == "random" and loaded.config.steps == 5 and loaded.config.guidance_scale == 2.0

@@ -208,10 +208,10 @@ class VisualPipeline(DiffusionPipeline):
         options = dict(options or {})
         if steps is None and name == self.config.order:
             steps = self.config.steps
-        known = ORDERS[read_order(name)[0]].options
+        kind, written = read_order(name)
         if steps is not None:
             options.setdefault("steps", steps)  # an order without this option says so
-        if "seed" in known:
+        if "seed" in ORDERS[kind].options and "seed" not in written:
             options.setdefault("seed", seed)
         return make_order(name, self.model.grid, **options)
 
