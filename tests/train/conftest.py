@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from vgen.data.tokens import write_tokens
+from vgen.tokenizers_vis.vq import VQModel
 
 
 @pytest.fixture
@@ -41,3 +42,20 @@ def token_sets(tmp_path):
             class_names=("a", "b", "c", "d"),
         )
     return folder
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A tiny VQ model (32 codes, 8x8 pixels a token), saved in tmp_path / "tokenizer"."""
+    model = VQModel.of_size(
+        "emoji-f8",
+        ch=8,
+        encoder_ch_mult=[1],
+        decoder_ch_mult=[1],
+        z_channels=8,
+        codebook_size=32,
+        num_groups=4,
+        patch_size=8,
+    )
+    model.save_pretrained(tmp_path / "tokenizer")
+    return model.eval()

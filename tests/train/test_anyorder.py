@@ -71,18 +71,7 @@ def test_conditions_follow_the_shares(config_of):
     assert shares == pytest.approx([0.25, 0.375, 0.375], abs=0.08)
 
 
-def test_with_a_tokenizer_it_previews_and_exports_a_pipeline(tmp_path, config_of):
-    tokenizer = VQModel.of_size(
-        "emoji-f8",
-        ch=8,
-        encoder_ch_mult=[1],
-        decoder_ch_mult=[1],
-        z_channels=8,
-        codebook_size=32,
-        num_groups=4,
-        patch_size=8,
-    )
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
+def test_with_a_tokenizer_it_previews_and_exports_a_pipeline(tmp_path, config_of, tokenizer):
     summary = train(
         config_of(
             "steps=3", "preview_every=3", f"data.tokenizer={tmp_path / 'tokenizer'}", "sampling.guidance_scale=1.5"

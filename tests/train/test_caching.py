@@ -6,25 +6,8 @@ import torch
 from vgen.data.dataset import open_images
 from vgen.data.tokens import TokenDataset
 from vgen.errors import VgenError
-from vgen.tokenizers_vis.vq import VQModel
 from vgen.train import caching
 from vgen.train.caching import cache_tokens
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    model = VQModel.of_size(
-        "emoji-f8",
-        ch=8,
-        encoder_ch_mult=[1],
-        decoder_ch_mult=[1],
-        z_channels=8,
-        codebook_size=32,
-        num_groups=4,
-        patch_size=8,
-    )
-    model.save_pretrained(tmp_path / "tokenizer")
-    return model.eval()
 
 
 def test_tokens_are_those_of_the_tokenizer(tmp_path, pictures, tokenizer):

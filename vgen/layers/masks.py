@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vgen.layers.attention import StepCausal
+
 
 def group_visible(length: int, group: int) -> Tensor:
     """PAR (arXiv 2412.15119): how many leading columns each of `length` rows sees, [length] int64.
@@ -27,5 +29,5 @@ def step_causal_mask(step_ids: Tensor, prefix: int = 0) -> Tensor:
     step_ids: [N], the step of every position; the anti-diagonal number t + h + w gives NAR's mask (arXiv 2503.10696).
     prefix: condition tokens in front, causal among themselves and seen by every position.
     """
-    times = torch.cat((torch.arange(-prefix, 0), step_ids))
-    return times <= times[:, None]
+    no_padding = torch.ones(1, prefix, dtype=torch.bool)
+    return StepCausal.build(no_padding, step_ids[None]).content_dense()[0, 0]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vgen.layers.norm import RMSNorm
 
@@ -42,6 +46,15 @@ class GeluMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
+class Checkpointed:
+    """For models with `gradient_checkpointing`: runs a block and, in training, forgets its activations until backward."""
+
+    def _checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -29,7 +29,7 @@ from vgen.layers.attention import Mask, StepCausal, attend
 from vgen.layers.cache import KVCache
 from vgen.layers.mmrope import rope_tables, rotate, text_positions, visual_positions
 from vgen.layers.norm import RMSNorm
-from vgen.layers.transformer import SwiGLU, init_transformer, llama_hidden, merge_heads, split_heads
+from vgen.layers.transformer import Checkpointed, SwiGLU, init_transformer, llama_hidden, merge_heads, split_heads
 from vgen.models.vocabulary import Vocabulary
 from vgen.samplers.predictions import Logits
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Order, Step, as_grid, grid_coordinates, grid_size
@@ -114,6 +114,7 @@ class AnyOrderState:
     cache: KVCache  # content layers, then one layer of shared keys and values
     prefix_mask: Tensor  # [R * B, P] bool
     offset: Tensor  # [R * B] sequence index of the first visual token
+    coordinates: Tensor  # [N, 3]: the grid's, by position
     length: int  # slots filled so far
     rows: int  # R
     counters: Counters
@@ -124,6 +125,7 @@ class AnyOrderState:
             self.cache.take_rows(index),
             self.prefix_mask[index],
             self.offset[index],
+            self.coordinates,
             self.length,
             self.rows,
             self.counters,
@@ -144,7 +146,7 @@ class Plan:
         return (0 if self.fed is None else self.fed.shape[1], self.targets.shape[1], self.slots.stop)
 
 
-class AnyOrderModel(ModelMixin, ConfigMixin):
+class AnyOrderModel(Checkpointed, ModelMixin, ConfigMixin):
     """Any-order generator over discrete visual tokens, conditioned on captions or classes (module docstring).
 
     vocabulary_size: prefix ids (`Vocabulary`); codes: visual vocabulary; grid: default (T, H, W); prefix_limit: longest
@@ -217,11 +219,6 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
         )
         return rotate(self.shared_norm(key), rope), value
 
-    def _checkpointed(self, function, *args):
-        if self.gradient_checkpointing and self.training:
-            return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
     # ---------------------------------------------------------------- training
 
     def forward(self, condition: Condition, tokens: Tensor, step_ids: Tensor, grid: Grid | None = None) -> Tensor:
@@ -289,7 +286,15 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
         slots = prefix + grid_size(canvas.grid)
         layers = len(self.content) + 1
         cache = KVCache(layers, rows, self.config.heads, slots, self.head_dim, self.device, self.dtype)
-        state = AnyOrderState(cache, condition.mask, condition.mask.sum(dim=1), prefix, len(conditions), Counters())
+        state = AnyOrderState(
+            cache,
+            condition.mask,
+            condition.mask.sum(dim=1),
+            grid_coordinates(canvas.grid, self.device),
+            prefix,
+            len(conditions),
+            Counters(),
+        )
         rope = self._rope(text_positions(prefix, self.device).expand(rows, -1, -1))
         causal = (
             torch.ones(prefix, prefix, dtype=torch.bool, device=self.device).tril() & condition.mask[:, None, None, :]
@@ -301,7 +306,7 @@ class AnyOrderModel(ModelMixin, ConfigMixin):
 
     def plan(self, state: AnyOrderState, step: Step, canvas: Canvas) -> Plan:
         """Coordinates and slots of a call: what the previous step wrote enters, `step.targets` are asked for."""
-        table = grid_coordinates(canvas.grid, self.device)
+        table = state.coordinates
         targets = step.targets.to(self.device)
         targets = (targets if targets.dim() == 2 else targets.expand(canvas.batch, -1)).repeat(state.rows, 1)
         fresh = None if canvas.fresh is None else canvas.fresh.repeat(state.rows, 1)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
 
 from vgen.errors import VgenError
 from vgen.samplers.types import Condition
@@ -53,3 +56,21 @@ class ClassVocabulary:
     def _condition(rows: list[int]) -> Condition:
         ids = torch.tensor(rows, dtype=torch.long)[:, None]
         return Condition(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+class ClassConditional:
+    """For models with a `ClassVocabulary` as `vocabulary` and `condition_dropout` in their config."""
+
+    def null(self, condition: Condition) -> Condition:
+        """The unconditional row of guidance for `condition`."""
+        return self.vocabulary.null(len(condition.ids))
+
+    def drop(self, condition: Condition, uniform: Tensor | None = None) -> Condition:
+        """Training: every row becomes unconditional with probability `condition_dropout`. uniform: [B] draws."""
+        return self.vocabulary.drop(condition, self.config.condition_dropout, uniform)
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Mean cross-entropy in nats per token, fp32, and accuracy. logits [B, n, V], targets [B, n] int64."""
+    loss = F.cross_entropy(rearrange(logits.float(), "b n v -> b v n"), targets)
+    return {"loss": loss, "accuracy": (logits.detach().argmax(dim=-1) == targets).float().mean()}

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
@@ -30,8 +29,8 @@ from vgen.errors import VgenError, nearest
 from vgen.layers.cache import KVCache
 from vgen.layers.modulation import ModulatedBlock, Modulation, SelfAttention, modulate
 from vgen.layers.rope2d import rope4d_table
-from vgen.layers.transformer import SwiGLU, llama_hidden
-from vgen.models.classes import ClassVocabulary
+from vgen.layers.transformer import Checkpointed, SwiGLU, llama_hidden
+from vgen.models.classes import ClassConditional, ClassVocabulary, token_loss
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.base import BaseOrder, FixedOrder
 from vgen.samplers.orders.diagonal import START, move_directions, scan_coordinates
@@ -123,7 +122,7 @@ class Plan:
         return 1, self.slot + 1
 
 
-class DARModel(ModelMixin, ConfigMixin):
+class DARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
     """Class-conditional generator over discrete tokens in zig-zag order (module docstring).
 
     codes x code_channels: the tokenizer's codebook (`load_codebook`); classes: without the null class; grid: (H, W) or
@@ -230,14 +229,6 @@ class DARModel(ModelMixin, ConfigMixin):
 
     # ---------------------------------------------------------------- conditions
 
-    def null(self, condition: Condition) -> Condition:
-        """The unconditional row of guidance for `condition`."""
-        return self.vocabulary.null(len(condition.ids))
-
-    def drop(self, condition: Condition, uniform: Tensor | None = None) -> Condition:
-        """Training: every row becomes unconditional with probability `condition_dropout`. uniform: [B] draws."""
-        return self.vocabulary.drop(condition, self.config.condition_dropout, uniform)
-
     # ---------------------------------------------------------------- shared by training and decoding
 
     def default_order(self) -> FixedOrder:
@@ -269,11 +260,6 @@ class DARModel(ModelMixin, ConfigMixin):
         shift, scale = final.chunk(2, dim=-1)
         return self.head(modulate(self.final_norm(x), shift, scale))
 
-    def _checkpointed(self, function, *args):
-        if self.gradient_checkpointing and self.training:
-            return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
     # ---------------------------------------------------------------- training
 
     def forward(self, condition: Condition, tokens: Tensor) -> Tensor:
@@ -301,8 +287,7 @@ class DARModel(ModelMixin, ConfigMixin):
         """
         sequence = tokens[:, self.default_order().positions.to(tokens.device)]
         logits = self(condition, tokens)
-        loss = F.cross_entropy(rearrange(logits.float(), "b n v -> b v n"), sequence)
-        return {"loss": loss, "accuracy": (logits.detach().argmax(dim=-1) == sequence).float().mean()}
+        return token_loss(logits, sequence)
 
     # ---------------------------------------------------------------- decoding (TokenModel)
 

@@ -25,7 +25,7 @@ from vgen.layers.cache import KVCache
 from vgen.layers.llama import LlamaBlock
 from vgen.layers.norm import RMSNorm
 from vgen.layers.rope2d import rope2d_table, take_rows
-from vgen.layers.transformer import llama_hidden
+from vgen.layers.transformer import Checkpointed, llama_hidden
 from vgen.models.classes import ClassVocabulary
 from vgen.models.text_condition import ClassEmbedding, TextEmbedding
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, as_grid, grid_size
@@ -99,7 +99,7 @@ class Plan:
         return self.rope.shape[-3], self.length
 
 
-class LlamaBackbone(nn.Module):
+class LlamaBackbone(Checkpointed, nn.Module):
     """Embeddings, blocks and head of the family, and what does not depend on how tokens are arranged."""
 
     family: ClassVar[str]
@@ -234,11 +234,6 @@ class LlamaBackbone(nn.Module):
         for block in self.layers[layers]:
             x = self._checkpointed(block, x, rope, mask)
         return x
-
-    def _checkpointed(self, function, *args):
-        if self.gradient_checkpointing and self.training:
-            return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
 
     def loss(self, condition: Condition, tokens: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
         """Mean cross-entropy in nats per token, fp32, and accuracy. tokens [B, N] in raster order; valid [B]: samples that count.

@@ -28,8 +28,8 @@ from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
 from vgen.layers.cache import KVCache
 from vgen.layers.modulation import ModulatedBlock, Modulation, SelfAttention, modulate
-from vgen.layers.transformer import GeluMLP
-from vgen.models.classes import ClassVocabulary
+from vgen.layers.transformer import Checkpointed, GeluMLP
+from vgen.models.classes import ClassConditional, ClassVocabulary, token_loss
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.predictions import Logits
@@ -108,7 +108,7 @@ class Plan:
         return self.slots.stop - self.slots.start, self.slots.stop
 
 
-class RARModel(ModelMixin, ConfigMixin):
+class RARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
     """Class-conditional generator over discrete tokens (module docstring).
 
     codes: visual vocabulary; classes: class labels, the null class not counted; grid: (T, H, W) or (H, W); width, layers,
@@ -195,14 +195,6 @@ class RARModel(ModelMixin, ConfigMixin):
 
     # ---------------------------------------------------------------- conditions
 
-    def null(self, condition: Condition) -> Condition:
-        """The unconditional row of guidance for `condition`."""
-        return self.vocabulary.null(len(condition.ids))
-
-    def drop(self, condition: Condition, uniform: Tensor | None = None) -> Condition:
-        """Training: every row becomes unconditional with probability `condition_dropout`. uniform: [B] draws."""
-        return self.vocabulary.drop(condition, self.config.condition_dropout, uniform)
-
     def class_rows(self, condition: Condition) -> Tensor:
         """The embedding rows [B, D] of a batch of classes."""
         return self.embeddings(condition.ids[:, 0].to(self.device) + self.config.codes + 1)
@@ -237,11 +229,6 @@ class RARModel(ModelMixin, ConfigMixin):
     def _layer(block: ModulatedBlock, x: Tensor, condition: Tensor, mask: Tensor | None, memory: Any) -> Tensor:
         return block(x, block.adaLN_modulation(condition), mask, memory=memory)
 
-    def _checkpointed(self, function, *args):
-        if self.gradient_checkpointing and self.training:
-            return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
     # ---------------------------------------------------------------- training
 
     def forward(self, condition: Condition, sequence: Tensor, orders: Tensor | None = None) -> Tensor:
@@ -268,8 +255,7 @@ class RARModel(ModelMixin, ConfigMixin):
         """
         sequence = tokens if orders is None else tokens.gather(1, orders)
         logits = self(condition, sequence, orders)[:, :-1]
-        loss = F.cross_entropy(rearrange(logits.float(), "b n v -> b v n"), sequence)
-        return {"loss": loss, "accuracy": (logits.detach().argmax(dim=-1) == sequence).float().mean()}
+        return token_loss(logits, sequence)
 
     # ---------------------------------------------------------------- decoding (TokenModel)
 
