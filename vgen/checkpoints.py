@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 import zipfile
@@ -23,12 +24,14 @@ NESTINGS = ("ema", "model", "module", "state_dict")
 def read_state_dict(path: str | Path, prefer: Sequence[str] = NESTINGS) -> dict[str, Tensor]:
     """The tensors of a checkpoint file by name, on the CPU.
 
-    A .safetensors file is read as it is. Anything else goes through `torch.load(weights_only=True)` with argparse.Namespace
+    A .safetensors file is read as it is, a folder as the union of its .safetensors files (shards). Anything else goes through `torch.load(weights_only=True)` with argparse.Namespace
     allowed (training scripts store their arguments); of a nested file the first of the names `prefer` that holds tensors wins,
     else the file must be flat. TorchScript programs are refused.
     VgenError: missing, truncated, not a checkpoint, needs code to load, no tensors where expected.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_shards(path)
     if not path.is_file():
         raise VgenError(f"checkpoint {path} does not exist; check the path or download the file first")
     if path.suffix == ".safetensors":
@@ -39,6 +42,23 @@ def read_state_dict(path: str | Path, prefer: Sequence[str] = NESTINGS) -> dict[
                 f"{path} is not a complete safetensors file ({_first_line(error)}); download it again"
             ) from error
     return _unwrap(_read_pickle(path), path, prefer)
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    """VgenError: no shards, shards that an index names and the folder lacks, or a tensor in two of them."""
+    found = sorted(folder.glob("*.safetensors"))
+    indices = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.safetensors.index.json")]
+    wanted = {name for index in indices for name in index["weight_map"].values()}
+    missing = sorted(wanted - {path.name for path in found})
+    if missing or not found:
+        raise VgenError(f"{folder} lacks {', '.join(missing) or 'any .safetensors file'}; download the whole model")
+    state: dict[str, Tensor] = {}
+    for path in found:
+        shard = read_state_dict(path)
+        if twice := state.keys() & shard.keys():
+            raise VgenError(f"{folder} holds {min(twice)} in two files; remove what does not belong to the model")
+        state |= shard
+    return state
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], ignore: Iterable[str] = ()) -> None:

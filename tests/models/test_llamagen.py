@@ -252,15 +252,3 @@ def test_bad_input_is_one_sentence():
 def test_every_size_builds(size):
     with torch.device("meta"):
         assert sum(p.numel() for p in LlamaGenModel.of_size(size).parameters()) > 1e8
-
-
-def test_captions_need_the_text_extra():
-    from importlib.util import find_spec
-
-    from vgen.models.text_condition import clean_caption
-
-    if all(find_spec(name) for name in ("ftfy", "bs4", "transformers")):
-        assert clean_caption("A  Cat &amp;amp; dog\n") == clean_caption("a cat & dog")
-    else:
-        with pytest.raises(VgenError, match=r"vgen\[text\]"):
-            clean_caption("a cat")

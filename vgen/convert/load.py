@@ -9,17 +9,16 @@ from typing import Any
 from vgen.convert.published import Published, locate, published
 from vgen.errors import VgenError
 from vgen.pipelines.visual import VisualPipeline
+from vgen.tokenizers_vis.registry import tokenizer_class
 
-# family -> (module, class). Classes have `from_original(path, config)` and, for generators, `size_config(size)`.
+# family -> (module, class). Classes have `from_original(path, config)` and `size_config(size)`; those that take text have
+# `read_words(paths)` for what makes conditions of it.
 GENERATORS = {
     "llamagen": ("vgen.models.llamagen", "LlamaGenModel"),
     "par": ("vgen.models.par", "PARModel"),
     "nar": ("vgen.models.nar", "NARModel"),
     "rar": ("vgen.models.rar", "RARModel"),
-}
-TOKENIZERS = {
-    "vq": ("vgen.tokenizers_vis.vq", "VQModel"),
-    "maskgit_vqgan": ("vgen.tokenizers_vis.maskgit_vqgan", "MaskGITVQGAN"),
+    "lumina": ("vgen.models.lumina", "LuminaModel"),
 }
 
 
@@ -35,13 +34,13 @@ def load_published(name: str, checkpoint_dir: str | Path | None = None) -> Visua
             f"{name} is listed, but vgen has no {entry.family} model yet; families: {', '.join(GENERATORS)}"
         )
     paths = locate(name, checkpoint_dir)
-    model = _load(GENERATORS, entry, paths["model"], generator_config(entry))
+    model = _generator_class(entry).from_original(paths["model"], generator_config(entry))
     tokenizer_entry = published(entry.tokenizer)
-    tokenizer = _load(TOKENIZERS, tokenizer_entry, paths["tokenizer"], tokenizer_entry.options or tokenizer_entry.size)
-    if "text_encoder" in paths:
-        from vgen.models.text_condition import T5Captions
-
-        model.vocabulary = T5Captions.from_pretrained(str(paths["text_encoder"]), model.config.caption_tokens)
+    tokenizer = tokenizer_class(tokenizer_entry.family).from_original(
+        paths["tokenizer"], tokenizer_entry.options or tokenizer_entry.size
+    )
+    if hasattr(model, "read_words"):
+        model.read_words(paths)
     sampling = entry.sampling
     return VisualPipeline(
         tokenizer,
@@ -58,13 +57,9 @@ def load_published(name: str, checkpoint_dir: str | Path | None = None) -> Visua
 
 def generator_config(entry: Published) -> dict[str, Any]:
     """Constructor arguments of a generator: its size, updated by the options of its file."""
-    return {**_find(GENERATORS, entry).size_config(entry.size), **entry.options}
+    return {**_generator_class(entry).size_config(entry.size), **entry.options}
 
 
-def _load(table: dict[str, tuple[str, str]], entry: Published, path: Path, config: Any) -> Any:
-    return _find(table, entry).from_original(path, config)
-
-
-def _find(table: dict[str, tuple[str, str]], entry: Published) -> Any:
-    module, name = table[entry.family]
+def _generator_class(entry: Published) -> Any:
+    module, name = GENERATORS[entry.family]
     return getattr(importlib.import_module(module), name)

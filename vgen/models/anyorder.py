@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,8 @@ from vgen.layers.cache import KVCache
 from vgen.layers.mmrope import rope_tables, rotate, text_positions, visual_positions
 from vgen.layers.norm import RMSNorm
 from vgen.layers.transformer import Checkpointed, SwiGLU, init_transformer, llama_hidden, merge_heads, split_heads
-from vgen.models.vocabulary import Vocabulary
+from vgen.models.vocabulary import SavesVocabulary, Vocabulary
+from vgen.samplers.orders import make_order
 from vgen.samplers.predictions import Logits
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Order, Step, as_grid, grid_coordinates, grid_size
 
@@ -146,7 +146,7 @@ class Plan:
         return (0 if self.fed is None else self.fed.shape[1], self.targets.shape[1], self.slots.stop)
 
 
-class AnyOrderModel(Checkpointed, ModelMixin, ConfigMixin):
+class AnyOrderModel(SavesVocabulary, Checkpointed, ModelMixin, ConfigMixin):
     """Any-order generator over discrete visual tokens, conditioned on captions or classes (module docstring).
 
     vocabulary_size: prefix ids (`Vocabulary`); codes: visual vocabulary; grid: default (T, H, W); prefix_limit: longest
@@ -272,6 +272,10 @@ class AnyOrderModel(Checkpointed, ModelMixin, ConfigMixin):
         """The unconditional row of guidance for `condition`."""
         return self.vocabulary.null(len(condition.mask))
 
+    def default_order(self) -> Order:
+        """Random, one token a call: any other is as good as its training mixture made it."""
+        return make_order("random", self.grid)
+
     def check_order(self, order: Order) -> None:
         """Every order fits; raises VgenError for one that was made for another number of frames, rows or columns."""
         if order.grid != self.grid:
@@ -348,29 +352,6 @@ class AnyOrderModel(Checkpointed, ModelMixin, ConfigMixin):
 
     def commit(self, state: AnyOrderState, step: Step, canvas: Canvas) -> None:
         """Nothing to store: the next call feeds `canvas.fresh`."""
-
-    # ---------------------------------------------------------------- files
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """As diffusers, plus `vocabulary.json`."""
-        super().save_pretrained(save_directory, **kwargs)
-        if self.vocabulary is not None:
-            self.vocabulary.save(save_directory)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> AnyOrderModel:
-        """As diffusers, plus the vocabulary saved beside the weights (a folder, or a hub repository)."""
-        model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
-        if not folder.is_dir():
-            from huggingface_hub import hf_hub_download
-
-            path = hf_hub_download(
-                str(pretrained_model_name_or_path), "vocabulary.json", subfolder=kwargs.get("subfolder")
-            )
-            folder = Path(path).parent
-        model.vocabulary = Vocabulary.load(folder)
-        return model
 
 
 def _stack_conditions(conditions: Sequence[Condition], device: torch.device) -> Condition:

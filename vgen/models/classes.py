@@ -1,4 +1,4 @@
-"""Class labels to prefix ids, for the class-conditional published models: the counterpart of `Vocabulary`."""
+"""Conditions that are one vector a picture: a class, as published, or the mean of a caption's word vectors, which is ours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vgen.errors import VgenError
+from vgen.errors import VgenError, nearest
+from vgen.models.vocabulary import SavesVocabulary, Vocabulary
 from vgen.samplers.types import Condition
 
 
@@ -19,6 +20,9 @@ class ClassVocabulary:
     """One prefix id per class, 0 to classes - 1, and the null class `classes` behind them."""
 
     classes: int
+
+    def __len__(self) -> int:
+        return self.classes
 
     def labels(self, labels: Sequence[int]) -> Condition:
         """One class a row: ids [B, 1]. Raises VgenError for a label out of range."""
@@ -58,16 +62,43 @@ class ClassVocabulary:
         return Condition(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-class ClassConditional:
-    """For models with a `ClassVocabulary` as `vocabulary` and `condition_dropout` in their config."""
+CONDITIONINGS = ("class", "words")
+
+
+class ClassConditional(SavesVocabulary):
+    """For models with `conditioning`, `classes` and `condition_dropout` in their config.
+
+    conditioning "class": `classes` labels, as published. "words": captions over a `Vocabulary` of `classes` entries,
+    which belongs to the model as `vocabulary` (training sets it); the condition is the mean of the word vectors.
+    """
+
+    def set_vocabulary(self, allowed: Sequence[str] = CONDITIONINGS) -> None:
+        """Called by constructors. Raises VgenError for an unknown conditioning."""
+        kind = self.config.conditioning
+        if kind not in allowed:
+            raise VgenError(f"the conditioning is {' or '.join(allowed)}, got {kind!r}{nearest(kind, allowed)}")
+        self.vocabulary: ClassVocabulary | Vocabulary | None = None
+        if kind == "class":
+            self.vocabulary = ClassVocabulary(self.config.classes)
+
+    def check_condition(self, condition: Condition) -> None:
+        """Raises VgenError unless `condition` is of the model's kind. Synchronises: once a run."""
+        if self.vocabulary is not None:
+            self.vocabulary.check(condition)
 
     def null(self, condition: Condition) -> Condition:
         """The unconditional row of guidance for `condition`."""
-        return self.vocabulary.null(len(condition.ids))
+        return self.vocabulary.null(len(condition.mask))
 
     def drop(self, condition: Condition, uniform: Tensor | None = None) -> Condition:
         """Training: every row becomes unconditional with probability `condition_dropout`. uniform: [B] draws."""
         return self.vocabulary.drop(condition, self.config.condition_dropout, uniform)
+
+
+def mean_vector(vectors: Tensor, mask: Tensor) -> Tensor:
+    """[B, P, D], mask [B, P] -> [B, D]: the mean over what the mask shows; exactly the vector where P = 1."""
+    weight = mask.to(vectors)
+    return (vectors * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True)
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from vgen.layers.cache import KVCache
 from vgen.layers.modulation import ModulatedBlock, Modulation, SelfAttention, modulate
 from vgen.layers.rope2d import rope4d_table
 from vgen.layers.transformer import Checkpointed, SwiGLU, llama_hidden
-from vgen.models.classes import ClassConditional, ClassVocabulary, token_loss
+from vgen.models.classes import ClassConditional, mean_vector, token_loss
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.base import BaseOrder, FixedOrder
 from vgen.samplers.orders.diagonal import START, move_directions, scan_coordinates
@@ -125,7 +125,7 @@ class Plan:
 class DARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
     """Class-conditional generator over discrete tokens in zig-zag order (module docstring).
 
-    codes x code_channels: the tokenizer's codebook (`load_codebook`); classes: without the null class; grid: (H, W) or
+    codes x code_channels: the tokenizer's codebook (`load_codebook`); conditioning: class, or words (`ClassConditional`); classes: without the null class; grid: (H, W) or
     (1, H, W); width, layers, heads: as in SIZES; hidden: of the SwiGLU (None: Llama's rule); first: first move of the
     zig-zag, right or down; theta: base of the rope; dropout: of attention outputs and MLPs, attention_dropout: of attention weights; condition_dropout:
     share of null classes in training.
@@ -141,6 +141,7 @@ class DARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
         self,
         codes: int = 16384,
         code_channels: int = 256,
+        conditioning: str = "class",
         classes: int = 1000,
         grid: Sequence[int] = (1, 16, 16),
         width: int = 1024,
@@ -161,7 +162,7 @@ class DARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
         self.grid: Grid = as_grid(grid)
         if self.grid[0] != 1:
             raise VgenError(f"DAR scans one picture, grid (1, H, W), got {self.grid}")
-        self.vocabulary = ClassVocabulary(classes)
+        self.set_vocabulary()
         hidden = hidden or llama_hidden(width)
         self.register_buffer("codebook", torch.zeros(codes, code_channels))  # frozen: the paper's token embeddings
         self.tok_proj = nn.Linear(code_channels, width)
@@ -229,6 +230,10 @@ class DARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
 
     # ---------------------------------------------------------------- conditions
 
+    def class_rows(self, condition: Condition) -> Tensor:
+        """The condition vectors [B, D] of a batch."""
+        return mean_vector(self.class_emb(condition.ids.to(self.device)), condition.mask.to(self.device))
+
     # ---------------------------------------------------------------- shared by training and decoding
 
     def default_order(self) -> FixedOrder:
@@ -265,7 +270,7 @@ class DARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
     def forward(self, condition: Condition, tokens: Tensor) -> Tensor:
         """Teacher-forced logits [B, T, codes] in scan order. tokens: [B, T] int64 in raster order."""
         scan = Scan.of(self.default_order(), tokens.device)
-        classes = self.class_emb(condition.ids[:, 0].to(tokens.device))
+        classes = self.class_rows(condition)
         sequence = tokens[:, scan.positions]
         x = torch.cat((classes[:, None], self._embed(sequence[:, :-1])), dim=1)
         conditions, rope = self._directed(classes), self._rope(scan)
@@ -300,8 +305,8 @@ class DARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
                 f"{canvas.values.shape[1]} with {canvas.unknown_count()} unknown; use the native model for inpainting"
             )
         for condition in conditions:
-            self.vocabulary.check(condition)
-        classes = torch.cat([self.class_emb(condition.ids[:, 0].to(self.device)) for condition in conditions])
+            self.check_condition(condition)
+        classes = torch.cat([self.class_rows(condition) for condition in conditions])
         config, directed = self.config, self._directed(classes)
         slots, size = grid_size(self.grid), config.width // config.heads
         cache = KVCache(config.layers, len(classes), config.heads, slots, size, self.device, self.dtype)

@@ -26,8 +26,8 @@ from vgen.layers.llama import LlamaBlock
 from vgen.layers.norm import RMSNorm
 from vgen.layers.rope2d import rope2d_table, take_rows
 from vgen.layers.transformer import Checkpointed, llama_hidden
-from vgen.models.classes import ClassVocabulary
-from vgen.models.text_condition import ClassEmbedding, TextEmbedding
+from vgen.models.classes import ClassConditional
+from vgen.models.text_condition import ClassEmbedding, T5Captions, TextEmbedding
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, as_grid, grid_size
 
 # name: (width, depth, heads). B to 3B: paper, table 1, and NAR's M; 1B, 7B and XXXL have no published weights.
@@ -42,7 +42,7 @@ SIZES = {
     "XXXL": (2560, 48, 40),
     "7B": (4096, 32, 32),
 }
-CONDITIONS = ("class", "text")
+CONDITIONINGS = ("class", "words", "text")
 # Buffers that some files carry; they are computed, never loaded.
 COMPUTED = ("freqs_cis", "kv_cache", "causal_mask")
 # First part of a key that only this family has.
@@ -99,7 +99,7 @@ class Plan:
         return self.rope.shape[-3], self.length
 
 
-class LlamaBackbone(Checkpointed, nn.Module):
+class LlamaBackbone(ClassConditional, Checkpointed, nn.Module):
     """Embeddings, blocks and head of the family, and what does not depend on how tokens are arranged."""
 
     family: ClassVar[str]
@@ -108,7 +108,7 @@ class LlamaBackbone(Checkpointed, nn.Module):
     _repeated_blocks = ("LlamaBlock",)
     _no_split_modules = ("LlamaBlock",)
 
-    def build(self, conditioning: str, prefix_tokens: int | None = None, extra_layers: int = 0) -> None:
+    def build(self, conditionings: Sequence[str], prefix_tokens: int | None = None, extra_layers: int = 0) -> None:
         """Makes the modules from `self.config`; `extra_layers` blocks behind the trunk (NAR)."""
         config = self.config
         width, heads = config.width, config.heads
@@ -116,18 +116,16 @@ class LlamaBackbone(Checkpointed, nn.Module):
             raise VgenError(
                 f"width {width} over {heads} heads must give a head size that is a multiple of 4, got {width / heads:g}"
             )
-        if conditioning not in CONDITIONS:
-            raise VgenError(f"the conditioning is {' or '.join(CONDITIONS)}, got {conditioning!r}")
+        self.set_vocabulary(conditionings)
         self.grid: Grid = as_grid(config.grid)
         if self.grid[0] != 1:
             raise VgenError(f"{self.family} makes pictures: the grid must be HxW, got {self.grid}")
-        self.vocabulary = ClassVocabulary(config.classes) if conditioning == "class" else None
-        self.prefix_tokens = 1 if conditioning == "class" else prefix_tokens or config.caption_tokens
-        self.cls_embedding = (
-            ClassEmbedding(config.classes, width, null=config.condition_dropout > 0)
-            if conditioning == "class"
-            else TextEmbedding(config.caption_width, config.caption_tokens, width)
-        )
+        if config.conditioning == "text":
+            self.prefix_tokens = prefix_tokens or config.caption_tokens
+            self.cls_embedding = TextEmbedding(config.caption_width, config.caption_tokens, width)
+        else:
+            self.prefix_tokens = 1
+            self.cls_embedding = ClassEmbedding(config.classes, width, null=config.condition_dropout > 0)
         self.tok_embeddings = nn.Embedding(config.codes, width)
         self.tok_dropout = nn.Dropout(config.token_dropout)
         hidden = config.hidden or llama_hidden(width)
@@ -171,6 +169,11 @@ class LlamaBackbone(Checkpointed, nn.Module):
 
     from_single_file = from_original
 
+    def read_words(self, paths: Mapping[str, Path]) -> None:
+        """Loads the text encoder of a text-conditional model from `paths["text_encoder"]` (a folder)."""
+        if self.config.conditioning == "text":
+            self.vocabulary = T5Captions.from_pretrained(str(paths["text_encoder"]), self.config.caption_tokens)
+
     # ---------------------------------------------------------------- conditions
 
     def null(self, condition: Condition) -> Condition:
@@ -179,19 +182,25 @@ class LlamaBackbone(Checkpointed, nn.Module):
             raise VgenError(
                 f"this {self.family} was trained without dropping conditions, so it has no guidance; use scale 1"
             )
-        return self.cls_embedding.null(condition)
+        if self.config.conditioning == "text":
+            return self.cls_embedding.null(condition)
+        return super().null(condition)
 
     def drop(self, condition: Condition, uniform: Tensor | None = None) -> Condition:
         """Training: every sample becomes unconditional with probability `condition_dropout`. uniform: [B] draws."""
+        share = self.config.condition_dropout
+        if share == 0:
+            return condition
+        if self.config.conditioning != "text":
+            return super().drop(condition, uniform)
         batch, device = condition.mask.shape[0], condition.mask.device
         uniform = torch.rand(batch, device=device) if uniform is None else uniform
-        dropped = uniform < self.config.condition_dropout
-        return self.cls_embedding.drop(condition, dropped) if self.config.condition_dropout else condition
+        return self.cls_embedding.drop(condition, uniform < share)
 
     def check_condition(self, condition: Condition) -> None:
         """Raises VgenError unless `condition` is of the model's kind. Synchronises: once a run."""
-        if self.vocabulary is not None:
-            self.vocabulary.check(condition)
+        if self.config.conditioning != "text":
+            super().check_condition(condition)
             return
         features = condition.extras.get("features")
         expected = (self.config.caption_tokens, self.config.caption_width)
@@ -201,8 +210,8 @@ class LlamaBackbone(Checkpointed, nn.Module):
 
     def _prefix(self, condition: Condition) -> tuple[Tensor, Tensor]:
         """Embedded condition [B, T, width] and its mask [B, T]."""
-        prefix = self.cls_embedding(condition.ids.to(self.device), condition.extras)
-        return prefix[:, : self.prefix_tokens], condition.mask[:, : self.prefix_tokens].to(self.device)
+        prefix, mask = self.cls_embedding(condition)
+        return prefix[:, : self.prefix_tokens], mask[:, : self.prefix_tokens]
 
     # ---------------------------------------------------------------- blocks
 

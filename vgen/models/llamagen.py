@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vgen.errors import VgenError
 from vgen.layers.rope2d import take_rows
-from vgen.models.llama_backbone import LlamaBackbone, LlamaState, Plan
+from vgen.models.llama_backbone import CONDITIONINGS, LlamaBackbone, LlamaState, Plan
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.orders.registry import make_order
@@ -34,7 +34,7 @@ class LlamaGenModel(LlamaBackbone, ModelMixin, ConfigMixin):
     """Class- or text-conditional next-token generator (module docstring).
 
     codes: visual vocabulary; grid: (H, W) or (1, H, W) of training; width, depth (number of blocks), heads: as in SIZES; hidden: SwiGLU
-    width (default 8/3 of the width, rounded up to 256). conditioning: 'class' (classes) or 'text' (caption_width and
+    width (default 8/3 of the width, rounded up to 256). conditioning: class, words (`ClassConditional`) or text (caption_width and
     caption_tokens of the features; prefix_tokens: how many of them enter, default all). condition_dropout: share of
     unconditional samples in training, 0: no null condition. The dropouts are those of the published training.
     """
@@ -63,7 +63,7 @@ class LlamaGenModel(LlamaBackbone, ModelMixin, ConfigMixin):
         theta: float = 10000.0,
     ):
         super().__init__()
-        self.build(conditioning, prefix_tokens)
+        self.build(CONDITIONINGS, prefix_tokens)
         self.init_weights()
 
     # ---------------------------------------------------------------- training

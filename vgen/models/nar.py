@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vgen.errors import VgenError
 from vgen.layers.masks import step_causal_mask
 from vgen.layers.norm import RMSNorm
-from vgen.models.llama_backbone import LlamaBackbone, LlamaState, Plan
+from vgen.models.llama_backbone import CONDITIONINGS, LlamaBackbone, LlamaState, Plan
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.orders.registry import make_order
@@ -59,7 +59,7 @@ class NARModel(LlamaBackbone, ModelMixin, ConfigMixin):
         theta: float = 10000.0,
     ):
         super().__init__()
-        self.build(conditioning, prefix_tokens, extra_layers=1)
+        self.build(CONDITIONINGS, prefix_tokens, extra_layers=1)
         self.medusa_norm = RMSNorm(width)
         self.medusa_output = nn.Linear(width, codes, bias=False)
         self.init_weights()  # as released: only the first head starts at zero

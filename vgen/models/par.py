@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vgen.errors import VgenError
 from vgen.layers.masks import group_visible, prefix_mask
+from vgen.models.classes import CONDITIONINGS
 from vgen.models.llama_backbone import LlamaBackbone, LlamaState, Plan, size_config
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.orders.base import BaseOrder
@@ -42,7 +43,7 @@ def par_config(name: str) -> dict[str, Any]:
 
 
 class PARModel(LlamaBackbone, ModelMixin, ConfigMixin):
-    """Class-conditional generator of n tokens a call (module docstring); its mask is defined for one class token only.
+    """Generator of n tokens a call (module docstring); its mask is defined for one condition token only: a class, or words.
 
     parallel: n, a square number whose root divides both sides of the grid; the other arguments as in `LlamaGenModel`.
     """
@@ -60,6 +61,7 @@ class PARModel(LlamaBackbone, ModelMixin, ConfigMixin):
         depth: int = 24,
         heads: int = 16,
         hidden: int | None = None,
+        conditioning: str = "class",
         classes: int = 1000,
         condition_dropout: float = 0.1,
         token_dropout: float = 0.1,
@@ -71,7 +73,7 @@ class PARModel(LlamaBackbone, ModelMixin, ConfigMixin):
         super().__init__()
         if parallel < 4 or math.isqrt(parallel) ** 2 != parallel:
             raise VgenError(f"PAR's tokens a call are a square number of at least 4 (4, 9, 16, ...), got {parallel}")
-        self.build("class")
+        self.build(CONDITIONINGS)
         self._check_grid(self.grid)
         self.spe_tok_embeddings = nn.ModuleDict({"special_embeddings": nn.Embedding(parallel - 1, width)})
         self.init_weights()

@@ -29,7 +29,7 @@ from vgen.errors import VgenError, nearest
 from vgen.layers.cache import KVCache
 from vgen.layers.modulation import ModulatedBlock, Modulation, SelfAttention, modulate
 from vgen.layers.transformer import Checkpointed, GeluMLP
-from vgen.models.classes import ClassConditional, ClassVocabulary, token_loss
+from vgen.models.classes import ClassConditional, mean_vector, token_loss
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.predictions import Logits
@@ -111,7 +111,7 @@ class Plan:
 class RARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
     """Class-conditional generator over discrete tokens (module docstring).
 
-    codes: visual vocabulary; classes: class labels, the null class not counted; grid: (T, H, W) or (H, W); width, layers,
+    codes: visual vocabulary; conditioning: class, or words (`ClassConditional`); classes: class labels, the null class not counted; grid: (T, H, W) or (H, W); width, layers,
     heads, hidden: as in SIZES; dropout: of attention outputs and MLPs, attention_dropout: of attention weights; condition_dropout: share of null classes in training.
     """
 
@@ -124,6 +124,7 @@ class RARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
     def __init__(
         self,
         codes: int = 1024,
+        conditioning: str = "class",
         classes: int = 1000,
         grid: Sequence[int] = (1, 16, 16),
         width: int = 768,
@@ -138,7 +139,7 @@ class RARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
         if width % heads:
             raise VgenError(f"width {width} must be a multiple of the {heads} heads")
         self.grid: Grid = as_grid(grid)
-        self.vocabulary = ClassVocabulary(classes)
+        self.set_vocabulary()
         length = grid_size(self.grid)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, length + SPARE_POSITIONS, width))
@@ -196,8 +197,9 @@ class RARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
     # ---------------------------------------------------------------- conditions
 
     def class_rows(self, condition: Condition) -> Tensor:
-        """The embedding rows [B, D] of a batch of classes."""
-        return self.embeddings(condition.ids[:, 0].to(self.device) + self.config.codes + 1)
+        """The condition vectors [B, D] of a batch."""
+        rows = self.embeddings(condition.ids.to(self.device) + self.config.codes + 1)
+        return mean_vector(rows, condition.mask.to(self.device))
 
     # ---------------------------------------------------------------- shared by training and decoding
 
@@ -278,7 +280,7 @@ class RARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
         if canvas.values.shape[1] != length:
             raise VgenError(f"this RAR model makes {length} tokens a picture, the canvas has {canvas.values.shape[1]}")
         for condition in conditions:
-            self.vocabulary.check(condition)
+            self.check_condition(condition)
         classes = torch.cat([self.class_rows(condition) for condition in conditions])
         config = self.config
         cache = KVCache(

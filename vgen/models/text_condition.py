@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,28 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.errors import VgenError
+from vgen.models.classes import mean_vector
 from vgen.samplers.types import Condition
 
 
 class ClassEmbedding(nn.Module):
-    """One row per class, and the null class behind them if the model has one."""
+    """One row per class (or word), and the null class behind them if the model has one."""
 
     def __init__(self, classes: int, width: int, null: bool):
         super().__init__()
-        self.classes = classes
         self.embedding_table = nn.Embedding(classes + null, width)
 
-    def forward(self, ids: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
-        """ids [B, 1] -> [B, 1, width]."""
-        return self.embedding_table(ids)
-
-    def null(self, condition: Condition) -> Condition:
-        """The null class in every row."""
-        return self.drop(condition, torch.ones_like(condition.mask[:, 0]))
-
-    def drop(self, condition: Condition, dropped: Tensor) -> Condition:
-        """The null class where dropped [B]."""
-        return Condition(condition.ids.masked_fill(dropped[:, None], self.classes), condition.mask)
+    def forward(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """One token [B, 1, width] and its mask [B, 1]: the class, or the mean of the caption's words."""
+        device = self.embedding_table.weight.device
+        mask = condition.mask.to(device)
+        token = mean_vector(self.embedding_table(condition.ids.to(device)), mask)
+        return token[:, None], mask[:, :1]
 
 
 class TextEmbedding(nn.Module):
@@ -52,10 +47,11 @@ class TextEmbedding(nn.Module):
         # Never trained, yet part of every checkpoint: its random values are the null caption.
         self.register_buffer("uncond_embedding", torch.randn(tokens, features) / features**0.5)
 
-    def forward(self, ids: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
-        """extras["features"] [B, P, C] -> [B, P, width]."""
-        features = extras["features"].to(self.uncond_embedding)
-        return self.cap_proj["fc2"](F.gelu(self.cap_proj["fc1"](features), approximate="tanh"))
+    def forward(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """extras["features"] [B, P, C] -> [B, P, width] and the mask [B, P]."""
+        features = condition.extras["features"].to(self.uncond_embedding)
+        prefix = self.cap_proj["fc2"](F.gelu(self.cap_proj["fc1"](features), approximate="tanh"))
+        return prefix, condition.mask.to(prefix.device)
 
     def null(self, condition: Condition) -> Condition:
         """The null caption in every row, under the mask of the prompt."""
@@ -104,7 +100,7 @@ class T5Captions:
         cls, name: str = "google/flan-t5-xl", tokens: int = 120, dtype: torch.dtype = torch.bfloat16
     ) -> T5Captions:
         """Loads (and downloads, if need be) tokenizer and encoder. bfloat16 is what the published models were fed."""
-        _require_text_extra()
+        require_text_extra()
         from transformers import AutoTokenizer, T5EncoderModel
 
         return cls(AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name, torch_dtype=dtype), tokens)
@@ -139,7 +135,7 @@ def clean_caption(caption: str) -> str:
 @cache
 def _cleaner() -> tuple[Any, Any]:
     """diffusers' method, with an `html.unescape` that strips: the strip stands right after that call in the release."""
-    _require_text_extra()
+    require_text_extra()
     from diffusers.pipelines.deepfloyd_if.pipeline_if import IFPipeline
 
     original = IFPipeline._clean_caption
@@ -148,7 +144,7 @@ def _cleaner() -> tuple[Any, Any]:
     return function, IFPipeline.bad_punct_regex
 
 
-def _require_text_extra() -> None:
+def require_text_extra() -> None:
     try:
         import bs4  # noqa: F401
         import ftfy  # noqa: F401

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 
 from vgen.errors import VgenError, nearest
 from vgen.files import atomic_path
@@ -84,12 +86,12 @@ class Vocabulary:
             raise VgenError(f"class labels of this model are 0 to {self.classes - 1}, got {label}")
         return self.first_class + label
 
-    def captions(self, captions: Sequence[str], limit: int, strict: bool = True) -> Condition:
-        """One `words <start>` prefix a caption; `limit`: longest prefix the model was trained with, `<start>` included."""
+    def captions(self, captions: Sequence[str], limit: int = 0, strict: bool = True) -> Condition:
+        """One `words <start>` prefix a caption; limit: longest prefix of the model, `<start>` included (0: any length)."""
         rows = []
         for caption in captions:
             ids = self.encode(caption, strict)
-            if len(ids) + 1 > limit:
+            if limit and len(ids) + 1 > limit:
                 if strict:
                     raise VgenError(
                         f"the prompt {caption!r} has {len(ids)} words, this model takes at most {limit - 1}; shorten it"
@@ -106,6 +108,23 @@ class Vocabulary:
         """The empty prefix `<start>`: the unconditional row of classifier-free guidance."""
         return self.condition([[self.start]] * batch)
 
+    def drop(self, condition: Condition, share: float, uniform: Tensor) -> Condition:
+        """Training: every row becomes the empty prefix with probability `share`. uniform: [B] draws."""
+        dropped = (uniform < share)[:, None]
+        first = torch.arange(condition.ids.shape[1], device=condition.ids.device) == 0
+        empty = torch.where(first, self.start, self.pad)
+        ids, mask = torch.where(dropped, empty, condition.ids), torch.where(dropped, first, condition.mask)
+        return Condition(ids, mask, condition.extras)
+
+    def check(self, condition: Condition) -> None:
+        """Raises VgenError unless every row has a word or `<start>`, all of this vocabulary. Synchronises: once a run."""
+        ids, mask = condition.ids, condition.mask
+        if ids.dim() != 2 or mask.shape != ids.shape or not bool(mask.any(dim=1).all()):
+            raise VgenError(f"this model takes word ids [B, P], at least one a row, got {list(ids.shape)}")
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < 0 or high >= len(self):
+            raise VgenError(f"word ids of this model are 0 to {len(self) - 1}, got {low} to {high}")
+
     def condition(self, rows: Sequence[Sequence[int]]) -> Condition:
         """Right-padded ids [B, P] and mask [B, P] of ragged prefixes."""
         length = max(map(len, rows))
@@ -114,3 +133,31 @@ class Vocabulary:
             row[: len(values)] = torch.tensor(values)
         lengths = torch.tensor([len(values) for values in rows])
         return Condition(ids, torch.arange(length) < lengths[:, None])
+
+
+class SavesVocabulary:
+    """For diffusers models whose `vocabulary` may be a `Vocabulary`: it is saved and loaded beside the weights.
+
+    A model with a config entry `conditioning` has one when that is "words", a model without the entry always.
+    """
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As diffusers, plus `vocabulary.json`."""
+        super().save_pretrained(save_directory, **kwargs)
+        if isinstance(self.vocabulary, Vocabulary):
+            self.vocabulary.save(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """As diffusers, plus the vocabulary saved beside the weights (a folder, or a hub repository)."""
+        model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if model.config.get("conditioning", "words") != "words":
+            return model
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        if not folder.is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = hf_hub_download(str(pretrained_model_name_or_path), FILE, subfolder=kwargs.get("subfolder"))
+            folder = Path(path).parent
+        model.vocabulary = Vocabulary.load(folder)
+        return model

@@ -24,17 +24,18 @@ from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
 from vgen.samplers.types import Canvas, Condition, Counters, Order, Step, grid_size
+from vgen.tokenizers_vis.registry import TOKENIZERS
 
 # Modules whose classes a saved pipeline may hold. diffusers loads only what is imported already, and a file cannot add to this.
 COMPONENTS = (
     "vgen.models.anyorder",
     "vgen.models.dar",
     "vgen.models.llamagen",
+    "vgen.models.lumina",
     "vgen.models.nar",
     "vgen.models.par",
     "vgen.models.rar",
-    "vgen.tokenizers_vis.maskgit_vqgan",
-    "vgen.tokenizers_vis.vq",
+    *(module for module, _ in TOKENIZERS.values()),
 )
 SHIPPED = ("emoji",)  # pipelines whose weights are in the package, vgen/assets/
 Callback = Callable[[Step, Canvas], None]

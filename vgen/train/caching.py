@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +25,7 @@ from vgen.errors import VgenError
 from vgen.files import atomic_path, sha256, write_json
 from vgen.samplers.types import grid_size
 from vgen.tokenizers_vis.base import to_uint8
-from vgen.tokenizers_vis.vq import VQModel
+from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer
 from vgen.train.metrics import psnr
 
 PART = 4096  # pictures per part: what a kill can cost at most
@@ -67,22 +68,6 @@ class SplitReport:
         )
 
 
-def load_tokenizer(folder: str | Path) -> tuple[VQModel, Path]:
-    """The tokenizer of a model folder (or of a pipeline folder's `tokenizer/`) and the folder that holds its weights."""
-    folder = Path(folder)
-    for candidate in (folder, folder / "tokenizer"):
-        if (candidate / SAFETENSORS_WEIGHTS_NAME).is_file() and (candidate / "config.json").is_file():
-            kind = json.loads((candidate / "config.json").read_text(encoding="utf-8")).get("_class_name")
-            if kind != VQModel.__name__:
-                raise VgenError(
-                    f"{candidate} holds a {kind}, expected a {VQModel.__name__}; name the folder of a tokenizer"
-                )
-            return VQModel.from_pretrained(candidate).eval().requires_grad_(False), candidate
-    raise VgenError(
-        f"{folder} holds no tokenizer (config.json and {SAFETENSORS_WEIGHTS_NAME}); `vgen train` writes one to RUN/model"
-    )
-
-
 def cache_tokens(
     model: str | Path,
     data: str | Path,
@@ -110,7 +95,10 @@ def cache_tokens(
     if out.is_file():
         raise VgenError(f"{out} is a file, expected a folder to write")
     size = size or _manifest_size(data)
-    tokenizer, folder = load_tokenizer(model)
+    folder = find_tokenizer(model)
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.spec.vocabulary is None:
+        raise VgenError(f"{folder} is a continuous tokenizer and has no codes to cache; name a discrete one")
     tokenizer.spec.grid(size, size)
     tokenizer.to(device)
     digest = sha256(folder / SAFETENSORS_WEIGHTS_NAME)
@@ -148,7 +136,7 @@ def _finished(out: Path, split: str, identity: str) -> SplitReport | None:
 
 
 def _cache_split(
-    tokenizer: VQModel,
+    tokenizer: ModelMixin,
     folder: Path,
     digest: str,
     dataset: ImageDataset,
@@ -210,7 +198,7 @@ def _cache_split(
 
 @torch.no_grad()
 def _encode(
-    tokenizer: VQModel, dataset: ImageDataset, views: Sequence[View], indices: range, batch_size: int, bar: tqdm
+    tokenizer: ModelMixin, dataset: ImageDataset, views: Sequence[View], indices: range, batch_size: int, bar: tqdm
 ) -> dict[str, Tensor]:
     """tokens [M, A, N] int32, psnr [M] of the plain view, index [M] of the readable pictures."""
     # A dataset replaces an unreadable picture by the next readable one: its key tells.

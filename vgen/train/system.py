@@ -21,8 +21,16 @@ from vgen.errors import VgenError, nearest
 from vgen.train.config import OptimizerConfig, TrainConfig, check_common, merge, parse_overrides, read_yaml
 
 SYSTEMS = {
-    "vq_tokenizer": "vgen.train.vq_tokenizer",
+    "tokenizer": "vgen.train.tokenizer",
+    "vq_tokenizer": "vgen.train.tokenizer",  # its name before it trained other families
+    "titok_proxy": "vgen.train.titok_proxy",
+    "flextok": "vgen.train.flextok",
     "anyorder": "vgen.train.anyorder",
+    "llamagen": "vgen.train.llamagen",
+    "par": "vgen.train.par",
+    "nar": "vgen.train.nar",
+    "dar": "vgen.train.dar",
+    "rar": "vgen.train.rar",
 }
 
 

@@ -1,0 +1,57 @@
+"""The table of tokenizer families, and how a saved tokenizer is opened."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
+from vgen.errors import VgenError
+
+# family -> (module, class). Classes have `from_original(path, config)`, `from_pretrained(folder)`, `spec`, `encode` and `decode`.
+TOKENIZERS = {
+    "vq": ("vgen.tokenizers_vis.vq", "VQModel"),
+    "chameleon_vqgan": ("vgen.tokenizers_vis.chameleon", "ChameleonVQGAN"),
+    "maskgit_vqgan": ("vgen.tokenizers_vis.maskgit_vqgan", "MaskGITVQGAN"),
+    "titok_vq": ("vgen.tokenizers_vis.titok", "TiTokVQ"),
+    "titok_vae": ("vgen.tokenizers_vis.titok", "TiTokVAE"),
+    "titok_legacy": ("vgen.tokenizers_vis.titok_legacy", "TiTokLegacy"),
+    "kl": ("vgen.tokenizers_vis.kl", "KLModel"),
+    "tokenbridge": ("vgen.tokenizers_vis.tokenbridge", "TokenBridge"),
+    "mingtok": ("vgen.tokenizers_vis.mingtok", "MingTok"),
+    "flextok": ("vgen.tokenizers_vis.flextok", "FlexTok"),
+    "flextok_vae": ("vgen.tokenizers_vis.flextok_vae", "FlexTokVAE"),
+}
+
+
+def tokenizer_class(family: str) -> Any:
+    """The class of a family of TOKENIZERS."""
+    module, name = TOKENIZERS[family]
+    return getattr(importlib.import_module(module), name)
+
+
+def find_tokenizer(folder: str | Path) -> Path:
+    """The folder that holds a saved tokenizer: `folder` itself, or its `tokenizer/` (a pipeline). VgenError if there is none."""
+    folder = Path(folder)
+    for candidate in (folder, folder / "tokenizer"):
+        if (candidate / SAFETENSORS_WEIGHTS_NAME).is_file() and (candidate / "config.json").is_file():
+            return candidate
+    raise VgenError(
+        f"{folder} holds no tokenizer (config.json and {SAFETENSORS_WEIGHTS_NAME}); `vgen train` writes one to RUN/model"
+    )
+
+
+def open_tokenizer(folder: str | Path) -> ModelMixin:
+    """The frozen tokenizer saved in `folder` (see `find_tokenizer`), of whatever family, in evaluation mode."""
+    folder = find_tokenizer(folder)
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    families = {name: family for family, (_, name) in TOKENIZERS.items()}
+    if kind not in families:
+        raise VgenError(
+            f"{folder} holds a {kind}, expected a tokenizer ({', '.join(families)}); name the folder of a tokenizer"
+        )
+    return tokenizer_class(families[kind]).from_pretrained(folder).eval().requires_grad_(False)
