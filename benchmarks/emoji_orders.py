@@ -26,8 +26,7 @@ import torch
 from tqdm import tqdm
 
 from vgen.cli.sample import load_pipeline
-from vgen.data import TokenDataset, open_images
-from vgen.eval.retrieval import pixel_features, retrieval_share
+from vgen.eval.captions import CaptionTask, ordered_loss
 from vgen.files import atomic_path, write_json
 from vgen.samplers.orders import make_order
 from vgen.viz.curves import scatter
@@ -76,44 +75,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@torch.no_grad()
-def held_out_loss(pipe, tokens: TokenDataset, order) -> float:
-    """Nats per token over the held-out pictures, every one under the order's step ids."""
-    vocabulary, limit, total = pipe.model.vocabulary, pipe.model.config.prefix_limit, 0.0
-    for begin in range(0, len(tokens), 32):
-        items = [tokens[i] for i in range(begin, min(begin + 32, len(tokens)))]
-        condition = vocabulary.captions([item["caption"] for item in items], limit, strict=False)
-        ids = torch.stack([order.step_ids(torch.Generator().manual_seed(begin + i)) for i in range(len(items))])
-        values = torch.stack([item["tokens"] for item in items])
-        total += pipe.model.loss(condition, values.to(pipe.device), ids.to(pipe.device))["loss"].item() * len(items)
-    return total / len(tokens)
-
-
-def train_tokens(folder: Path, keys: list[str]) -> torch.Tensor:
-    """Tokens [M, N] of the training pictures `keys`."""
-    data = TokenDataset(folder / "train.safetensors")
-    index = {key: i for i, key in enumerate(data.keys)}
-    return torch.stack([data[index[key]]["tokens"] for key in keys])
-
-
-def mean_psnr(made: torch.Tensor, own: torch.Tensor) -> float:
-    """Mean PSNR in dB of rows of pixels in [-1, 1]; at most 60 dB a picture."""
-    error = (made - own).square().mean(dim=1).clamp_min(4e-6)
-    return (10 * torch.log10(4 / error)).mean().item()
-
-
 def main() -> None:
     args = arguments()
     pipe = load_pipeline(args.model, args.device)
-    train, held_out = (
-        open_images(args.data, split, pipe.tokenizer.spec.pixels(pipe.model.grid)[1]) for split in ("train", "heldout")
-    )
-    gallery = torch.stack([item["image"].flatten() for data in (train, held_out) for item in data.readable()])
-    picks = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.captions]
-    prompts = [train.captions[i] for i in picks.tolist()]
-    heldout_tokens = TokenDataset(Path(args.tokens) / "heldout.safetensors")
-    own_tokens = train_tokens(Path(args.tokens), [train.keys[i] for i in picks.tolist()])
-    own_pixels = gallery[picks]
+    size = pipe.tokenizer.spec.pixels(pipe.model.grid)[1]
+    task = CaptionTask.draw(args.data, args.tokens, size, args.captions)
     settings = {"guidance_scale": args.guidance_scale, "temperature": args.temperature}
 
     runs = [(name, steps) for name, counts in ORDERS for steps in counts if not args.only or name in args.only]
@@ -121,7 +87,7 @@ def main() -> None:
     for name, steps in tqdm(runs, desc="orders", unit="run"):
         order = make_order(name, pipe.model.grid, **({"steps": steps} if steps else {}))
         start = time.perf_counter()
-        result = pipe(prompts, order=order, batch_size=args.batch_size, seed=0, **settings)
+        result = pipe(task.prompts, order=order, batch_size=args.batch_size, seed=0, **settings)
         seconds = time.perf_counter() - start
         label = f"{name}, {steps} step{'s' * (steps > 1)}" if steps else name
         rows.append(
@@ -129,17 +95,15 @@ def main() -> None:
                 "order": label,
                 "calls": order.calls,
                 "rows_per_call": result.stats.call_rows / result.stats.calls / args.batch_size,
-                "fed_tokens_per_image": result.stats.fed_tokens / len(prompts),
-                "images_per_second": len(prompts) / seconds,
-                "held_out_nats": held_out_loss(pipe, heldout_tokens, order),
-                "retrieval": retrieval_share(pixel_features(result.images), gallery, picks),
-                "own_tokens": (result.tokens == own_tokens).float().mean().item(),
-                "psnr": mean_psnr(pixel_features(result.images), own_pixels),
+                "fed_tokens_per_image": result.stats.fed_tokens / len(task.prompts),
+                "images_per_second": len(task.prompts) / seconds,
+                "held_out_nats": task.held_out_loss(pipe, ordered_loss(pipe, order)),
+                **task.figures(result),
             }
         )
         samples[label] = result.images[:12]
         tqdm.write(json.dumps(rows[-1]))
-    report(args, pipe, rows, samples, prompts)
+    report(args, pipe, rows, samples, task.prompts)
 
 
 def report(args: argparse.Namespace, pipe, rows: list[dict], samples: dict, prompts: list[str]) -> None:

@@ -168,11 +168,7 @@ def choose_tokens_torch(
         for part, weight in zip(logits[1:, rows], weights[1:, rows], strict=True):
             x += part.float() * weight
         x /= divisor
-        score = x
-        if top_k:
-            score = score.masked_fill(score < score.topk(top_k).values[:, -1:], -math.inf)
-        if top_p < 1:
-            score = _top_p(score, top_p)
+        score = keep_likeliest(x, top_k, top_p)
         if key_rows is not None:
             score = gumbel(noise.words(key_rows[0][rows], key_rows[1][rows], vocabulary)).add_(score)
         elif tape is not None:
@@ -180,6 +176,13 @@ def choose_tokens_torch(
         torch.argmax(score, dim=-1, keepdim=True, out=tokens[rows])
         log_prob[rows] = x.gather(1, tokens[rows]) - x.logsumexp(-1, keepdim=True)
     return tokens.view(batch, m), log_prob.view(batch, m)
+
+
+def keep_likeliest(score: Tensor, top_k: int, top_p: float) -> Tensor:
+    """[n, V] with -inf outside the top-k and the nucleus (module docstring); top_k 0 and top_p 1 are off."""
+    if top_k and top_k < score.shape[-1]:
+        score = score.masked_fill(score < score.topk(top_k).values[:, -1:], -math.inf)
+    return _top_p(score, top_p) if top_p < 1 else score
 
 
 def _top_p(score: Tensor, top_p: float) -> Tensor:

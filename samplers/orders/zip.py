@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from vgen.errors import VgenError
-from vgen.samplers.orders.base import FixedOrder
+from vgen.samplers.orders.adaptive_zip import AdaptiveZip
+from vgen.samplers.orders.base import BaseOrder, FixedOrder
 from vgen.samplers.orders.fixed import grouped
 from vgen.samplers.orders.nexttoken import NextTokenOrder
 from vgen.samplers.types import Feed, Grid, grid_coordinates, grid_size
 
 
-def zip_rows(grid: Grid, window: int, faithful: bool) -> FixedOrder:
+def zip_rows(grid: Grid, window: int, faithful: bool, adaptive: bool) -> BaseOrder:
     """Row r + 1 starts as soon as row r holds `window` tokens: column c of row r is decoded in call r * window + c.
 
     T * (W + (H - 1) * min(window, W)) calls, frame after frame; a full-width window is raster order, window 1 is the
@@ -23,7 +24,12 @@ def zip_rows(grid: Grid, window: int, faithful: bool) -> FixedOrder:
     never sees slots that were not fed (`NextTokenOrder`).
     faithful: the released LlamaGen variant instead (`llamagen_schedule`), with its own substitutes and with the slots
     that were not fed yet visible as zeros: 2W + (H - 2) * window calls, pictures only.
+    adaptive: a row starts when the model is sure of its first token (`AdaptiveZip`), at the earliest after `window` tokens.
     """
+    if faithful and adaptive:
+        raise VgenError("zip is either faithful to the released code or adaptive, which was not released; choose one")
+    if adaptive:
+        return AdaptiveZip(grid, window)
     if faithful:
         return _faithful(grid, window)
     frame, row, column = grid_coordinates(grid).unbind(dim=1)

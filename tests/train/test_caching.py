@@ -34,6 +34,24 @@ def test_views(tmp_path, pictures, tokenizer):
     assert not torch.equal(cached.tokens[:, 2], cached.tokens[:, 3])
 
 
+def test_ten_crops(tmp_path, pictures, tokenizer):
+    cache_tokens(tmp_path / "tokenizer", pictures, tmp_path / "out", size=32, ten_crop=1.25)
+    cached, larger = TokenDataset(tmp_path / "out" / "train.safetensors"), open_images(pictures, "train", 40)
+    assert cached.variants == 11
+    pixels = torch.stack([larger[i]["image"] for i in range(12)])
+    views = {
+        1: pixels[..., :32, :32],
+        4: pixels[..., 8:, 8:],
+        5: pixels[..., 4:36, 4:36],
+        7: pixels[..., :32, 8:].flip(-1),
+    }
+    with torch.no_grad():
+        for variant, view in views.items():
+            assert torch.equal(cached.tokens[:, variant].long(), tokenizer.encode(view))
+    with pytest.raises(VgenError, match=r"range above 1 such as 1\.1, found 0\.9"):
+        cache_tokens(tmp_path / "tokenizer", pictures, tmp_path / "other", size=32, ten_crop=0.9)
+
+
 def test_interrupted_it_continues_and_finished_splits_are_kept(tmp_path, pictures, tokenizer, monkeypatch):
     monkeypatch.setattr(caching, "PART", 5)
     calls = []

@@ -35,6 +35,12 @@ def test_weight_decay_spares_vectors():
     assert len(decayed["params"]) + len(spared["params"]) == len(list(net.parameters()))
 
 
+def test_names_can_be_spared_from_decay():
+    net = Net()
+    (optimizer,) = make_optimizers(net, OptimizerConfig(weight_decay=0.5, no_decay_names=["embed", "head"]))
+    assert names(net, optimizer.param_groups[0]["params"]) == {"hidden.weight", "conv.weight"}
+
+
 def test_muon_gets_hidden_matrices_only():
     net = Net()
     adamw, muon = make_optimizers(net, OptimizerConfig(name="muon"))
@@ -51,6 +57,8 @@ def test_schedule_by_hand():
     assert learning_rate(config, 6, 9) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
     assert learning_rate(config, 8, 9) == pytest.approx(0.2)
     assert learning_rate(OptimizerConfig(lr=2.0, warmup_steps=0, schedule="constant"), 8, 9) == 2.0
+    drops = OptimizerConfig(lr=1.0, warmup_steps=0, schedule="multistep", milestones=[0.5, 0.75], drop=0.5)
+    assert [learning_rate(drops, step, 8) for step in (0, 3, 4, 5, 6, 7)] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
 
 
 @given(

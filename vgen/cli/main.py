@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": ("sample", "make pictures from words, in any decode order"),
     "train": ("train", "train a tokenizer or a generator from a YAML config"),
     "tokenize": ("tokenize", "cache the visual tokens of a dataset"),
+    "convert": ("convert", "turn a published checkpoint into a folder that vgen and diffusers load"),
     "data": ("data", "build or inspect datasets (e.g. `vgen data emoji`)"),
     "orders": ("orders", "draw the decode orders and their number of forward passes"),
 }

@@ -9,6 +9,7 @@ EPILOG = """examples:
   vgen tokenize --model runs/emoji/tokenizer/model --data data/emoji --out runs/tokens/emoji
   vgen tokenize --model … --data … --out … --flips               add mirror images of the training pictures
   vgen tokenize --model … --data … --out … --variants 8          add eight random crops of every training picture
+  vgen tokenize --model … --data … --out … --ten-crop            add the ten crops that ImageNet recipes train on
 
 Writes OUT/SPLIT.safetensors and OUT/SPLIT.json for every split. Interrupted, the same command continues."""
 
@@ -29,6 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-scale", type=float, default=0.8, metavar="S", help="smallest crop, as a share of a side (default 0.8)"
+    )
+    parser.add_argument(
+        "--ten-crop",
+        type=float,
+        nargs="?",
+        const=1.1,
+        default=0.0,
+        metavar="RANGE",
+        help="add the four corners, the centre and their mirror images of every training picture at RANGE times the size "
+        "(default 1.1), as LlamaGen, PAR, NAR and RAR were trained",
     )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
@@ -59,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         flips=args.flips,
         variants=args.variants,
         min_scale=args.min_scale,
+        ten_crop=args.ten_crop,
         batch_size=args.batch_size,
         device=device,
     )

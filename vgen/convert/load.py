@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vgen.convert.published import Published, locate, published
+from diffusers import ModelMixin
+
+from vgen.convert.published import Published, locate, names, published
 from vgen.errors import VgenError
 from vgen.pipelines.visual import VisualPipeline
 from vgen.tokenizers_vis.registry import tokenizer_class
@@ -19,7 +22,12 @@ GENERATORS = {
     "nar": ("vgen.models.nar", "NARModel"),
     "rar": ("vgen.models.rar", "RARModel"),
     "lumina": ("vgen.models.lumina", "LuminaModel"),
+    "maskgit_vit": ("vgen.models.maskgit", "MaskGITViT"),
+    "maskgit_uvit": ("vgen.models.maskgit", "MaskGITUViT"),
+    "maskgen_vq": ("vgen.models.maskgen", "MaskGenVQ"),
+    "maskgen_kl": ("vgen.models.maskgen_kl", "MaskGenKL"),
 }
+REPORTED = ("precision", "calls")  # what an entry says about its sampling that is no setting of a pipeline
 
 
 def load_published(name: str, checkpoint_dir: str | Path | None = None) -> VisualPipeline:
@@ -35,24 +43,24 @@ def load_published(name: str, checkpoint_dir: str | Path | None = None) -> Visua
         )
     paths = locate(name, checkpoint_dir)
     model = _generator_class(entry).from_original(paths["model"], generator_config(entry))
-    tokenizer_entry = published(entry.tokenizer)
-    tokenizer = tokenizer_class(tokenizer_entry.family).from_original(
-        paths["tokenizer"], tokenizer_entry.options or tokenizer_entry.size
-    )
+    tokenizer = _tokenizer(published(entry.tokenizer), paths["tokenizer"])
     if hasattr(model, "read_words"):
         model.read_words(paths)
-    sampling = entry.sampling
-    return VisualPipeline(
-        tokenizer,
-        model,
-        order=model.default_order().name,
-        guidance_scale=sampling.guidance_scale,
-        guidance_schedule=sampling.guidance_schedule,
-        guidance_power=sampling.guidance_power,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-    )
+    settings = {key: value for key, value in asdict(entry.sampling).items() if key not in REPORTED}
+    return VisualPipeline(tokenizer, model, **settings)
+
+
+def load_published_tokenizer(name: str, checkpoint_dir: str | Path | None = None) -> ModelMixin:
+    """A published tokenizer, ready to code pictures. Arguments and errors as `load_published`."""
+    entry = published(name)
+    if entry.kind != "tokenizer":
+        known = ", ".join(names(kind="tokenizer"))
+        raise VgenError(f"{name} is a {entry.kind}, expected one of the tokenizers {known}")
+    return _tokenizer(entry, locate(name, checkpoint_dir)["model"])
+
+
+def _tokenizer(entry: Published, path: Path) -> ModelMixin:
+    return tokenizer_class(entry.family).from_original(path, entry.options or entry.size)
 
 
 def generator_config(entry: Published) -> dict[str, Any]:

@@ -33,16 +33,29 @@ PART = 4096  # pictures per part: what a kill can cost at most
 
 @dataclass(frozen=True)
 class View:
-    """One variant of every picture: the plain one, its mirror image, or random view number `epoch` of an augmented dataset."""
+    """One variant of every picture: the plain one, its mirror image, random view number `epoch` of an augmented dataset, or
+    the square of side `size` at `corner` (row, column) of a larger picture."""
 
     dataset: ImageDataset
     epoch: int = 0
     mirror: bool = False
+    corner: tuple[int, int] | None = None
+    size: int = 0
 
     def pixels(self, index: int) -> Tensor:
         """[3, size, size] in [-1, 1]."""
         image = self.dataset[index, self.epoch]["image"]
+        if self.corner is not None:
+            top, left = self.corner
+            image = image[:, top : top + self.size, left : left + self.size]
         return image.flip(-1) if self.mirror else image
+
+
+def ten_crops(larger: ImageDataset, side: int, size: int) -> list[View]:
+    """The four corners and the centre of pictures of `side` pixels, cut to `size`, and their mirror images (LlamaGen's data)."""
+    far, middle = side - size, round((side - size) / 2)
+    corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    return [View(larger, mirror=mirror, corner=corner, size=size) for mirror in (False, True) for corner in corners]
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ def cache_tokens(
     flips: bool = False,
     variants: int = 0,
     min_scale: float = 0.8,
+    ten_crop: float = 0.0,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = print,
@@ -84,12 +98,17 @@ def cache_tokens(
     """Writes `out/SPLIT.safetensors` and `.json` (`vgen.data.tokens.TokenDataset`) for every split of `data`.
 
     size: side in pixels (None: what the dataset's manifest says); flips: add the mirror image of every training picture; variants:
-    add so many random crops of at least `min_scale` of a side (mirrored at random with `flips`). Other splits stay plain. Finished
+    add so many random crops of at least `min_scale` of a side (mirrored at random with `flips`); ten_crop: add the ten crops of
+    the pictures at so many times `size` (0: none; the released LlamaGen, PAR, NAR and RAR: 1.1). Other splits stay plain. Finished
     splits of the same tokenizer, data and settings are kept; an interrupted split continues after its last part.
     """
     if batch_size < 1 or variants < 0 or not 0 < min_scale <= 1:
         raise VgenError(
             f"expected batch size >= 1, variants >= 0 and min scale in (0, 1], found {batch_size}, {variants} and {min_scale}"
+        )
+    if ten_crop and ten_crop <= 1:
+        raise VgenError(
+            f"ten crops are cut out of larger pictures: expected a range above 1 such as 1.1, found {ten_crop}"
         )
     data, out = Path(data), Path(out)
     if out.is_file():
@@ -110,7 +129,10 @@ def cache_tokens(
             augmented = open_images(data, split, size, Augment(flip=0.5 if flips else 0.0, min_scale=min_scale))
             views += [View(plain, mirror=True)] if flips else []
             views += [View(augmented, epoch=number) for number in range(variants)]
-        settings = [digest, str(data.resolve()), split, size, flips, variants, min_scale, plain.keys]
+            if ten_crop:
+                side = int(size * ten_crop)
+                views += ten_crops(open_images(data, split, side), side, size)
+        settings = [digest, str(data.resolve()), split, size, flips, variants, min_scale, ten_crop, plain.keys]
         identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         report = _finished(out, split, identity)
         if report is None:

@@ -20,7 +20,7 @@ C = TypeVar("C")
 VERSION = 1
 PRECISIONS = ("no", "bf16")
 OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "multistep")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class OptimizerConfig:
     """One network's optimizer and its learning-rate schedule, which is a function of the step alone.
 
     muon: the 2-D weights of linear layers go to Muon (scaled to AdamW's update size, so `lr` keeps its meaning); embeddings, norms and every
-    parameter whose name contains one of `adamw_names` stay with AdamW. Weight decay touches parameters with at least two dimensions only.
+    parameter whose name contains one of `adamw_names` stay with AdamW. Weight decay touches parameters with at least two dimensions only,
+    and of AdamW's none whose name contains one of `no_decay_names`. multistep: `lr` times `drop` at each of the `milestones` (shares of the run).
     """
 
     name: str = "adamw"
@@ -39,9 +40,12 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     momentum: float = 0.95  # muon
     adamw_names: list[str] = field(default_factory=lambda: ["embed", "head"])  # muon
+    no_decay_names: list[str] = field(default_factory=list)
     warmup_steps: int = 100
     schedule: str = "cosine"
     final_lr: float = 0.0  # share of `lr` left at the last step (cosine)
+    milestones: list[float] = field(default_factory=list)  # multistep
+    drop: float = 0.1  # multistep
     clip: float = 1.0  # largest gradient norm; 0: no clipping
 
 
@@ -173,7 +177,12 @@ def check_optimizer(config: OptimizerConfig, prefix: str) -> None:
     require_positive(config, "lr", "eps", prefix=prefix)
     require_not_negative(config, "weight_decay", "warmup_steps", "clip", prefix=prefix)
     require_share(config, "beta1", "beta2", "momentum", prefix=prefix, below_one=True)
-    require_share(config, "final_lr", prefix=prefix)
+    require_share(config, "final_lr", "drop", prefix=prefix)
+    marks = config.milestones
+    require(
+        all(0 < mark < 1 for mark in marks) and bool(marks) == (config.schedule == "multistep"),
+        f"{prefix}milestones are shares of the run between 0 and 1, for the schedule multistep and no other, found {marks}",
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

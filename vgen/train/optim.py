@@ -16,10 +16,13 @@ def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.o
     """AdamW over all trainable parameters, or Muon (Jordan et al. 2024) over hidden matrices plus AdamW over the rest."""
     named = {name: p for name, p in network.named_parameters() if p.requires_grad}
     hidden = _hidden_matrices(network, config) if config.name == "muon" else set()
-    rest = [p for name, p in named.items() if name not in hidden]
+    rest = {name: p for name, p in named.items() if name not in hidden}
+    decayed = {
+        name for name, p in rest.items() if p.dim() >= 2 and not any(word in name for word in config.no_decay_names)
+    }
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in rest.items() if name in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in rest.items() if name not in decayed], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = []
@@ -52,11 +55,13 @@ def _hidden_matrices(network: nn.Module, config: OptimizerConfig) -> set[str]:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of `step` (0-based): linear warm-up, then constant or a cosine to `final_lr * lr` at the last of `steps`."""
+    """Learning rate of `step` (0-based): linear warm-up, then constant, in drops, or a cosine to `final_lr * lr` at the last of `steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "multistep":
+        return config.lr * config.drop ** sum(step >= mark * steps for mark in config.milestones)
     progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)

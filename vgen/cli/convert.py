@@ -1,0 +1,77 @@
+"""`vgen convert`: a published checkpoint becomes a folder in the format of diffusers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EPILOG = """examples:
+  vgen convert llamagen-vq16 --out checkpoints/llamagen-vq16            a tokenizer, for `vgen tokenize` and training
+  vgen convert llamagen-c2i-B-256 --out models/llamagen-B               a pipeline, for `vgen sample --model`
+  vgen convert rar-B-256 --checkpoint-dir ~/downloads --out models/rar  from files that are here already
+  vgen convert --list                                                   all published checkpoints, with their licences
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vgen convert`."""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a published checkpoint, see --list")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where the model or pipeline goes; must not exist yet"
+    )
+    parser.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="where the files are (default: the hub's cache, or download)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the saved weights (default float32)",
+    )
+    parser.add_argument("--list", action="store_true", help="print what is known about every checkpoint and stop")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Lists, or loads and saves."""
+    from vgen.convert.published import names, published
+    from vgen.errors import VgenError
+
+    if args.list:
+        for name in names():
+            entry = published(name)
+            print(f"{name:28} {entry.kind:13} {entry.source}; weights: {entry.weights_licence}")
+        return
+    if args.name is None or args.out is None:
+        raise VgenError(
+            "give the name of a published checkpoint and --out FOLDER; `vgen convert --list` prints the names"
+        )
+    if args.out.exists():
+        raise VgenError(f"--out {args.out} exists already; choose a new folder")
+    entry = published(args.name)
+    if entry.kind == "text_encoder":
+        raise VgenError(
+            f"{args.name} is a text encoder, which transformers loads as it is; name a generator or a tokenizer"
+        )
+
+    import torch
+
+    from vgen.convert.load import load_published, load_published_tokenizer
+    from vgen.files import atomic_folder
+
+    dtype = getattr(torch, args.dtype)
+    if entry.kind == "tokenizer":
+        result = load_published_tokenizer(args.name, args.checkpoint_dir)
+        parts = [result]
+    else:
+        result = load_published(args.name, args.checkpoint_dir)
+        parts = [result.tokenizer, result.model]
+    for part in parts:
+        torch.nn.Module.to(part, dtype)
+    with atomic_folder(args.out) as temporary:
+        result.save_pretrained(temporary)
+    print(
+        f"{args.out}: {args.name} ({entry.kind}), {args.dtype}; code {entry.code_licence}, weights {entry.weights_licence}"
+    )
