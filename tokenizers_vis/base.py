@@ -19,15 +19,24 @@ class TokenSpec:
 
     downsample: pixels per token along (time, height, width). vocabulary: number of codes of a discrete tokenizer;
     channels: floats per token of a continuous one; levels: values per channel of a channel-wise discrete one (TokenBridge, FSQ).
+    sequence: tokens of a 1-D tokenizer (TiTok), which takes pictures of exactly `downsample` pixels; its grid is (1, 1, sequence).
     """
 
     downsample: tuple[int, int, int]
     vocabulary: int | None = None
     channels: int | None = None
     levels: int | None = None
+    sequence: int | None = None
 
     def grid(self, height: int, width: int, frames: int = 1) -> Grid:
         """The token grid of a picture or clip of this size in pixels; VgenError names allowed sizes."""
+        if self.sequence is not None:
+            if (frames, height, width) != self.downsample:
+                wanted, found = "x".join(map(str, self.downsample)), f"{frames}x{height}x{width}"
+                raise VgenError(
+                    f"this tokenizer takes {wanted} (frames x height x width) and nothing else, got {found}; resize and crop"
+                )
+            return 1, 1, self.sequence
         named = zip(("frames", "height", "width"), (frames, height, width), self.downsample)
         for name, size, factor in named:
             if size < 1 or size % factor:
@@ -38,6 +47,8 @@ class TokenSpec:
 
     def pixels(self, grid: Grid) -> tuple[int, int, int]:
         """(frames, height, width) of the picture or clip that a token grid stands for."""
+        if self.sequence is not None:
+            return self.downsample
         return grid[0] * self.downsample[0], grid[1] * self.downsample[1], grid[2] * self.downsample[2]
 
 
@@ -92,16 +103,74 @@ class CodeTokenizer:
 
         The decoder is deterministic and unconditional: steps and guidance raise VgenError, condition and noise are not used.
         """
-        if steps is not None or guidance is not None:
-            raise VgenError("a VQ decoder runs once and takes no steps or guidance; leave both out")
-        grid = grid or square_grid(tokens.shape[1])
-        if grid_size(grid) != tokens.shape[1]:
-            raise VgenError(
-                f"grid {'x'.join(map(str, grid))} has {grid_size(grid)} positions, got {tokens.shape[1]} tokens"
-            )
+        refuse_steps(steps, guidance)
+        grid = fitting_grid(tokens, grid)
         check_tokens(tokens, self.spec.vocabulary)
         pixels = self.reconstruct(self.codes_to_vectors(tokens, grid))
         return pixels if grid[0] == 1 else rearrange(pixels, "(b t) c h w -> b c t h w", t=grid[0])
+
+
+class LatentTokenizer:
+    """`encode` and `decode` of a tokenizer of Gaussian latents on a grid (a VAE); clips are coded frame by frame.
+
+    A subclass has `spec`, `config.scale` (latents times it have a standard deviation of about 1) and these two, on unscaled
+    latent maps: posterior(pixels [B, 3, H, W]) -> DiagonalGaussian over [B, C, h, w]; reconstruct(latents [B, C, h, w]) ->
+    pixels [B, 3, H, W].
+    """
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] or [B, 3, T, H, W] in [-1, 1] -> scaled latents [B, N, C], raster order.
+
+        noise: N(0, 1) of the result's shape, for a sample of the posterior. None: its mode.
+        """
+        frames = pixels.shape[2] if pixels.dim() == 5 else 1
+        grid = self.spec.grid(*pixels.shape[-2:], frames)
+        if noise is not None:
+            shape = (pixels.shape[0], grid_size(grid), self.spec.channels)
+            if noise.shape != shape:
+                raise VgenError(f"noise must have the shape of the latents, {list(shape)}, got {list(noise.shape)}")
+            noise = to_maps(noise, grid)
+        if pixels.dim() == 5:
+            pixels = rearrange(pixels, "b c t h w -> (b t) c h w")
+        latents = self.posterior(pixels).sample(noise) * self.config.scale
+        return rearrange(latents, "(b t) c h w -> b (t h w) c", t=frames)
+
+    def decode(
+        self,
+        tokens: Tensor,
+        grid: Grid | None = None,
+        condition: Any = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        noise: Any = None,
+    ) -> Tensor:
+        """Scaled latents [B, N, C] -> pixels [B, 3, H, W] (or [B, 3, T, H, W] for T > 1), not clamped. grid: None means square.
+
+        The decoder is deterministic and unconditional: steps and guidance raise VgenError, condition and noise are not used.
+        """
+        refuse_steps(steps, guidance)
+        grid = fitting_grid(tokens, grid)
+        check_latents(tokens, self.spec.channels)
+        pixels = self.reconstruct(to_maps(tokens, grid) / self.config.scale)
+        return pixels if grid[0] == 1 else rearrange(pixels, "(b t) c h w -> b c t h w", t=grid[0])
+
+    @torch.no_grad()
+    def calibrate(self, pixels: Tensor) -> float:
+        """Sets `scale` to 1 / (standard deviation of the latents of these pictures) and returns it (LDM, appendix G).
+
+        Call it once after training, on a few hundred pictures [B, 3, H, W]: generators learn latents in this scale.
+        """
+        posterior = self.posterior(pixels)
+        variance = posterior.mean.var() + posterior.log_variance.exp().mean()
+        scale = variance.rsqrt().item()
+        self.register_to_config(scale=scale)
+        return scale
+
+
+def to_maps(tokens: Tensor, grid: Grid) -> Tensor:
+    """[B, T*h*w, C] -> [B*T, C, h, w]."""
+    time, height, width = grid
+    return rearrange(tokens, "b (t h w) c -> (b t) c h w", t=time, h=height, w=width)
 
 
 def square_grid(tokens: int) -> Grid:
@@ -112,6 +181,21 @@ def square_grid(tokens: int) -> Grid:
     return 1, side, side
 
 
+def fitting_grid(tokens: Tensor, grid: Grid | None) -> Grid:
+    """`grid`, or for None the square one; VgenError unless it has as many positions as tokens [B, N] or [B, N, C]."""
+    count = tokens.shape[1]
+    grid = grid or square_grid(count)
+    if grid_size(grid) != count:
+        raise VgenError(f"grid {'x'.join(map(str, grid))} has {grid_size(grid)} positions, got {count} tokens")
+    return grid
+
+
+def refuse_steps(steps: int | None, guidance: float | None) -> None:
+    """VgenError for the options of generative decoders, in one that runs once."""
+    if steps is not None or guidance is not None:
+        raise VgenError("this decoder runs once and takes no steps or guidance; leave both out")
+
+
 def check_tokens(tokens: Tensor, vocabulary: int) -> None:
     """VgenError unless every code is in [0, vocabulary). Synchronises, so call it once per batch and never in the loop."""
     low, high = (int(bound) for bound in torch.aminmax(tokens)) if tokens.numel() else (0, 0)
@@ -119,6 +203,24 @@ def check_tokens(tokens: Tensor, vocabulary: int) -> None:
         raise VgenError(
             f"tokens must lie in 0..{vocabulary - 1} for this tokenizer, found {low}..{high}; "
             "the generator and the tokenizer do not belong together"
+        )
+
+
+def check_latents(tokens: Tensor, channels: int, limit: float = 3.0) -> None:
+    """VgenError unless tokens are floats [B, N, channels], finite, with a standard deviation of at most `limit`.
+
+    Latents are scaled to a standard deviation of about 1; without the scale, MAR's have 4.3. Synchronises: once per batch.
+    """
+    if tokens.dim() != 3 or tokens.shape[2] != channels or not tokens.is_floating_point():
+        raise VgenError(
+            f"latents of this tokenizer are floats [B, N, {channels}], got {tokens.dtype} {list(tokens.shape)}; "
+            "the generator and the tokenizer do not belong together"
+        )
+    deviation = tokens.float().std(correction=0).item()
+    if not deviation <= limit:  # also true for NaN
+        raise VgenError(
+            f"latents must be scaled to a standard deviation of about 1, found {deviation:.3g}; "
+            "multiply raw latents by the tokenizer's scale, or look for the step that produced NaN"
         )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from vgen.errors import VgenError
+from vgen.errors import VgenError, nearest
 
 # family -> (module, class). Classes have `from_original(path, config)`, `from_pretrained(folder)`, `spec`, `encode` and `decode`.
 TOKENIZERS = {
@@ -27,9 +28,23 @@ TOKENIZERS = {
     "flextok_vae": ("vgen.tokenizers_vis.flextok_vae", "FlexTokVAE"),
 }
 
+# Tokenizers whose weights are in the package: name -> folder under vgen/assets/.
+SHIPPED = {"emoji-vq": "emoji/tokenizer"}
+
+
+def shipped_tokenizer(name: str) -> ModelMixin:
+    """A tokenizer of SHIPPED; no network needed. Raises VgenError for another name."""
+    if name not in SHIPPED:
+        raise VgenError(f"no tokenizer {name!r} ships with vgen{nearest(name, SHIPPED)}; shipped: {', '.join(SHIPPED)}")
+    return open_tokenizer(str(resources.files("vgen.assets") / SHIPPED[name]))
+
 
 def tokenizer_class(family: str) -> Any:
-    """The class of a family of TOKENIZERS."""
+    """The class of a family of TOKENIZERS. VgenError for an unknown one, naming the nearest."""
+    if family not in TOKENIZERS:
+        raise VgenError(
+            f"unknown tokenizer family {family!r}{nearest(family, TOKENIZERS)}; families: {', '.join(TOKENIZERS)}"
+        )
     module, name = TOKENIZERS[family]
     return getattr(importlib.import_module(module), name)
 

@@ -16,8 +16,18 @@ from vgen.models.rar import RARModel
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.orders import make_order
+from vgen.tokenizers_vis.flextok import SIZES as FLEXTOK_SIZES
+from vgen.tokenizers_vis.flextok import FlexTok
+from vgen.tokenizers_vis.flextok_vae import SIZES as FLEXTOK_VAE_SIZES
+from vgen.tokenizers_vis.flextok_vae import FlexTokVAE
+from vgen.tokenizers_vis.kl import SIZES as KL_SIZES
+from vgen.tokenizers_vis.kl import KLModel
 from vgen.tokenizers_vis.maskgit_vqgan import SIZES as MASKGIT_SIZES
 from vgen.tokenizers_vis.maskgit_vqgan import MaskGITVQGAN
+from vgen.tokenizers_vis.mingtok import SIZES as MINGTOK_SIZES
+from vgen.tokenizers_vis.mingtok import MingTok
+from vgen.tokenizers_vis.tokenbridge import SIZES as TOKENBRIDGE_SIZES
+from vgen.tokenizers_vis.tokenbridge import TokenBridge
 from vgen.tokenizers_vis.vq import SIZES as VQ_SIZES
 from vgen.tokenizers_vis.vq import VQModel
 
@@ -28,6 +38,11 @@ FAMILIES = {
     "rar": (RARModel, RARModel.size_config),
     "vq": (VQModel, VQ_SIZES.__getitem__),
     "maskgit_vqgan": (MaskGITVQGAN, MASKGIT_SIZES.__getitem__),
+    "flextok": (FlexTok, FLEXTOK_SIZES.__getitem__),
+    "flextok_vae": (FlexTokVAE, FLEXTOK_VAE_SIZES.__getitem__),
+    "kl": (KLModel, KL_SIZES.__getitem__),
+    "tokenbridge": (TokenBridge, TOKENBRIDGE_SIZES.__getitem__),
+    "mingtok": (MingTok, MINGTOK_SIZES.__getitem__),
 }
 EXPECTED = {
     *(f"llamagen-c2i-{name}" for name in ("B-256", "B-384", "L-256", "L-384", "XL-384", "XXL-384", "3B-384")),

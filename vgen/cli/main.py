@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("train", "train a tokenizer or a generator from a YAML config"),
     "tokenize": ("tokenize", "cache the visual tokens of a dataset"),
     "convert": ("convert", "turn a published checkpoint into a folder that vgen and diffusers load"),
+    "reconstruct": ("reconstruct", "send pictures through a tokenizer and back, and measure what is lost"),
     "data": ("data", "build or inspect datasets (e.g. `vgen data emoji`)"),
     "orders": ("orders", "draw the decode orders and their number of forward passes"),
 }

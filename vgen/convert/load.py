@@ -21,6 +21,7 @@ GENERATORS = {
     "par": ("vgen.models.par", "PARModel"),
     "nar": ("vgen.models.nar", "NARModel"),
     "rar": ("vgen.models.rar", "RARModel"),
+    "flexar": ("vgen.models.flexar", "FlexARModel"),
     "lumina": ("vgen.models.lumina", "LuminaModel"),
     "maskgit_vit": ("vgen.models.maskgit", "MaskGITViT"),
     "maskgit_uvit": ("vgen.models.maskgit", "MaskGITUViT"),

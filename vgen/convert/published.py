@@ -27,15 +27,18 @@ NESTINGS = ("flat", "model", "state_dict", "folder")
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of the published figures. guidance_scale 1: none; guidance_power: of the schedule power-cosine."""
+    """The settings of the published figures, as the pipeline's. guidance_scale 1: none; choice: of `samplers.choice.RECIPES`."""
 
     order: str = "raster"
     guidance_scale: float = 1.0
     guidance_schedule: str = "constant"
     guidance_power: float = 1.5
+    guidance_start: float = 1.0
+    choice: str = "plain"
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    substeps: str = "100"  # of continuous tokens
     precision: str = "fp32"
     calls: int | None = None  # forward passes a picture
 

@@ -16,9 +16,27 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 def to_pixels(image: Image.Image) -> Tensor:
     """An image -> [3, H, W] in [-1, 1]; transparency is laid on white."""
+    array = np.asarray(_to_rgb(image), dtype=np.float32)
+    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+
+
+def centre_square(image: Image.Image, size: int) -> Image.Image:
+    """An image -> the centre of it as RGB, size x size: the short side resized to `size` (Pillow's bicubic), then cropped.
+
+    Rounding as in torchvision's Resize and CenterCrop: the long side is cut off, the offset rounded.
+    """
+    image = _to_rgb(image)
+    short = min(image.size)
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB; transparency is laid on white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image)
-    array = np.asarray(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+    return image.convert("RGB")

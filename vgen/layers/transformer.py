@@ -34,6 +34,35 @@ class SwiGLU(nn.Module):
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
+class GatedMLP(nn.Module):
+    """fc2(silu(fc1 x) * fc3 x) without biases: SwiGLU under the names of FlexTok's and FlexAR's files."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden, bias=False)
+        self.fc3 = nn.Linear(width, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
+class FusedSwiGLU(nn.Module):
+    """w3(silu(a) * b) with [a | b] = w12 x, and biases: SwiGLU under the names of DINOv2's files (MingTok). Dropout at the end."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.dropout(self.w3(F.silu(gate) * value))
+
+
 class GeluMLP(nn.Module):
     """fc2(gelu(fc1 x)) with biases, exact GELU, dropout after both (ViT, RAR, TiTok)."""
 

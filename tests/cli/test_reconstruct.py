@@ -1,0 +1,85 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vgen.cli.main import main
+from vgen.tokenizers_vis.kl import KLModel
+from vgen.tokenizers_vis.vq import VQModel
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures: RGB, grey, 16-bit grey with other sides."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(256, size=(20, 16, 3), dtype=np.uint8)).save(pictures / "a.png")
+    Image.new("L", (16, 16), 90).save(pictures / "b.png")
+    Image.fromarray(rng.integers(65536, size=(16, 16), dtype=np.uint16)).save(pictures / "c.png")
+    return pictures
+
+
+@pytest.fixture
+def vq(tmp_path):
+    torch.manual_seed(0)
+    model = VQModel(
+        ch=8, encoder_ch_mult=(1, 1), decoder_ch_mult=(1, 1), num_res_blocks=1, z_channels=8, codebook_size=32,
+        codebook_embed_dim=4, usage_window=16, num_groups=4,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "vq")
+    return str(tmp_path / "vq")
+
+
+def test_a_folder_and_a_picture(folder, vq, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    arguments = ["reconstruct", "--model", vq, "--out", str(out), "--size", "16", "--device", "cpu", "--json"]
+    assert main([*arguments, "--input", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # 8x8 codes of 5 bits for 16x16 pixels.
+    assert "3 pictures of 16 px, 64 tokens each (1.25 bits per pixel, 1/19 of raw pixels): PSNR" in lines[0]
+    report = json.loads(lines[-1])
+    assert report["pictures"] == 3 and report["rows"][0]["tokens"] == 64 and 0 < report["rows"][0]["psnr"] < 30
+    assert Image.open(out).width > 3 * 16
+    assert main([*arguments, "--input", str(folder / "a.png")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"] == 1
+
+
+def test_a_continuous_tokenizer_is_counted_in_half_precision(folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    KLModel(ch=8, ch_mult=(1, 1), num_res_blocks=1, latent_channels=4, num_groups=4).save_pretrained(tmp_path / "kl")
+    arguments = [
+        "--model",
+        str(tmp_path / "kl"),
+        "--input",
+        str(folder),
+        "--size",
+        "16",
+        "--out",
+        str(tmp_path / "s.png"),
+    ]
+    assert main(["reconstruct", *arguments, "--device", "cpu"]) == 0
+    assert "64 tokens each (16 bits per pixel" in capsys.readouterr().out  # 64 tokens x 4 floats x 16 bits / 256 pixels
+
+
+def test_bad_input_is_one_sentence(folder, vq, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    good = ["--model", vq, "--input", str(folder), "--size", "16", "--out", str(tmp_path / "s.png"), "--device", "cpu"]
+    for change, words in (
+        (["--size", "15"], "multiple of 2 for this tokenizer, got 15; use 14 or 16"),
+        (["--num-tokens", "65"], "65 of them cannot be kept; choose 1 to 64"),
+        (["--num-tokens", "0"], "choose 1 to 64"),
+        (["--steps", "3"], "takes no steps"),
+        (["--model", "emoji-vk"], "did you mean 'emoji-vq'"),
+        (["--input", str(tmp_path / "text.png")], "not a readable picture"),
+        (["--input", str(tmp_path / "nowhere")], "nowhere"),
+        (["--out", str(tmp_path / "s.txt")], ".png or .webp"),
+        (["--lpips-vgg", "a.pt"], "both --lpips-vgg and --lpips-heads"),
+    ):
+        assert main(["reconstruct", *good, *change]) == 2, change
+        error = capsys.readouterr().err
+        assert words in error and "Traceback" not in error
+    assert not Path(tmp_path / "s.png").exists()

@@ -1,0 +1,7 @@
+"""MingTok."""
+
+from functools import partial
+
+from vgen.tokenizers_vis.mingtok import MingTok
+
+BUILDERS = {"mingtok-vision": partial(MingTok.of_size, "vision")}

@@ -1,0 +1,122 @@
+"""What a tokenizer keeps of a picture: reconstructions, their figures, and what they cost in bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from vgen.errors import VgenError
+from vgen.samplers.types import grid_size
+from vgen.tokenizers_vis.base import TokenSpec, to_uint8
+from vgen.train.metrics import psnr, ssim
+
+PIXEL_BITS = 24  # an RGB pixel of 8 bits a channel
+FLOAT_BITS = 16  # a float of a continuous token, stored in half precision
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one picture: tokens, and bits if every token is stored by itself (floats in half precision)."""
+
+    tokens: int
+    bits: float
+    pixels: int
+
+    @property
+    def bits_per_pixel(self) -> float:
+        """Bits for a pixel of the picture."""
+        return self.bits / self.pixels
+
+    @property
+    def compression(self) -> float:
+        """How many times smaller than raw 24-bit pixels."""
+        return PIXEL_BITS / self.bits_per_pixel
+
+
+def cost(spec: TokenSpec, height: int, width: int, num_tokens: int | None = None) -> Cost:
+    """The cost of a picture of this size; num_tokens: kept of a sequence (None: all)."""
+    tokens = num_tokens or grid_size(spec.grid(height, width))
+    if spec.vocabulary is not None:
+        bits = math.log2(spec.vocabulary)
+    elif spec.levels is not None:
+        bits = spec.channels * math.log2(spec.levels)
+    else:
+        bits = spec.channels * FLOAT_BITS
+    return Cost(tokens, tokens * bits, height * width)
+
+
+def picture_side(spec: TokenSpec, wanted: int | None, default: int) -> int:
+    """The side in pixels that pictures are brought to: what a 1-D tokenizer demands, else `wanted` or `default`.
+
+    Raises VgenError when the tokenizer cannot take `wanted` (saying which sides it can).
+    """
+    if wanted is None and spec.sequence is not None:
+        wanted = spec.downsample[1]
+    side = wanted or default
+    spec.grid(side, side)
+    return side
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """M pictures and what came back, both [M, 3, H, W] in [-1, 1], with a figure [M] per name: psnr (dB), ssim, and lpips if asked for."""
+
+    pixels: Tensor
+    reconstruction: Tensor
+    figures: dict[str, Tensor]
+
+    def means(self) -> dict[str, float]:
+        """The mean of every figure."""
+        return {name: values.mean().item() for name, values in self.figures.items()}
+
+
+@torch.no_grad()
+def reconstruct_batches(
+    tokenizer: ModelMixin,
+    pixels: Tensor,
+    num_tokens: int | None = None,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    lpips: nn.Module | None = None,
+    batch_size: int = 16,
+) -> Iterator[Reconstruction]:
+    """Codes and decodes pictures [M, 3, H, W] in [-1, 1], a batch at a time.
+
+    num_tokens: keep so many of the tokens (tokenizers of flexible length only); steps, guidance: of generative decoders; they
+    start from the same noise for the same picture of a batch. Raises VgenError for options that the tokenizer does not have.
+    """
+    grid = tokenizer.spec.grid(*pixels.shape[-2:])
+    full = grid_size(grid)
+    if num_tokens is not None and not 1 <= num_tokens <= full:
+        raise VgenError(
+            f"this tokenizer makes {full} tokens a picture, {num_tokens} of them cannot be kept; choose 1 to {full}"
+        )
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance}
+    for start in range(0, len(pixels), batch_size):
+        part = pixels[start : start + batch_size].to(tokenizer.device, tokenizer.dtype)
+        tokens = tokenizer.encode(part)
+        if num_tokens is not None and num_tokens < full:
+            made = tokenizer.decode(tokens[:, :num_tokens], **options)
+        else:
+            made = tokenizer.decode(tokens, grid, **options)
+        part, made = part.float().cpu(), made.float().cpu().clamp(-1, 1)
+        real, copy = to_uint8(part), to_uint8(made)
+        figures = {"psnr": psnr(real, copy), "ssim": ssim(real, copy)}
+        if lpips is not None:
+            figures["lpips"] = lpips(part, made).flatten()
+        yield Reconstruction(part, made, figures)
+
+
+def joined(parts: list[Reconstruction]) -> Reconstruction:
+    """Batches as one."""
+    figures = {name: torch.cat([part.figures[name] for part in parts]) for name in parts[0].figures}
+    return Reconstruction(
+        torch.cat([part.pixels for part in parts]), torch.cat([part.reconstruction for part in parts]), figures
+    )
