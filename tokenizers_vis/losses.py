@@ -1,16 +1,18 @@
-"""Training objectives of a VQ tokenizer (VQGAN, arXiv 2012.09841, eqs. 5-7, as LlamaGen sets them)."""
+"""Training objectives of a tokenizer (VQGAN, arXiv 2012.09841, eqs. 5-7, as LlamaGen and TiTok set them)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.errors import VgenError, nearest
-from vgen.tokenizers_vis.quantizers import Quantized
+from vgen.tokenizers_vis.posterior import DiagonalGaussian
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -55,12 +57,55 @@ GENERATOR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 RECONSTRUCTION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
+class Regularised(Protocol):
+    """What a tokenizer's latent adds to the objective: `Quantized`, `WeightedKL`."""
+
+    def losses(self) -> dict[str, Tensor]:
+        """Weighted scalars by name."""
+
+
+@dataclass(frozen=True)
+class WeightedKL:
+    """weight times the KL divergence of the posterior from N(0, 1), in nats a picture, mean over the batch."""
+
+    posterior: DiagonalGaussian
+    weight: float
+
+    def losses(self) -> dict[str, Tensor]:
+        """The term as "kl"."""
+        return {"kl": self.weight * self.posterior.kl().mean()}
+
+
+class LeCam(nn.Module):
+    """relu(mean D(real) - m_fake)^2 + relu(m_real - mean D(fake))^2 with running means m (arXiv 2104.03310, eq. 3).
+
+    Keeps the discriminator's verdicts from drifting apart when there is little data. The means move after they are used.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real", torch.zeros(()))
+        self.register_buffer("fake", torch.zeros(()))
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Logits of real and of reconstructed pictures -> scalar."""
+        real, fake = real.mean(), fake.mean()
+        loss = F.relu(real - self.fake).square() + F.relu(self.real - fake).square()
+        with torch.no_grad():
+            self.real.lerp_(real.detach(), 1 - self.decay)
+            self.fake.lerp_(fake.detach(), 1 - self.decay)
+        return loss
+
+
 class VQLoss(nn.Module):
     """Generator and discriminator objectives around a discriminator and a perceptual distance (either may be None).
 
     Weights multiply their terms. disc_start: first step (steps count from 1) at which the GAN terms count; before it the
     discriminator does not run at all. disc_adaptive_weight: scale the GAN term so that its gradient at the decoder's last layer is
-    as large as that of the reconstruction (VQGAN eq. 7). perceptual: maps two picture batches to distances [B, 1, 1, 1].
+    as large as that of the reconstruction (VQGAN eq. 7). disc_own_weight: of the discriminator's own objective (None: disc_weight,
+    as in LlamaGen; TiTok has 1). lecam_weight: of `LeCam`, in the discriminator's objective alone.
+    perceptual: maps two picture batches to distances [B, 1, 1, 1].
     """
 
     def __init__(
@@ -76,6 +121,8 @@ class VQLoss(nn.Module):
         disc_weight: float = 0.5,
         disc_start: int = 20000,
         disc_adaptive_weight: bool = False,
+        disc_own_weight: float | None = None,
+        lecam_weight: float = 0.0,
     ):
         super().__init__()
         self.discriminator = discriminator
@@ -87,6 +134,9 @@ class VQLoss(nn.Module):
         self.perceptual_weight = perceptual_weight if perceptual is not None else 0.0
         self.disc_weight, self.disc_start = disc_weight, disc_start
         self.disc_adaptive_weight = disc_adaptive_weight
+        self.disc_own_weight = disc_weight if disc_own_weight is None else disc_own_weight
+        self.lecam_weight = lecam_weight
+        self.lecam = LeCam() if lecam_weight else None
 
     def adversarial(self, step: int) -> bool:
         """Whether the GAN terms count at this step: if not, the discriminator needs no optimizer step either."""
@@ -96,13 +146,13 @@ class VQLoss(nn.Module):
         self,
         pixels: Tensor,
         reconstruction: Tensor,
-        quantized: Quantized,
+        latent: Regularised,
         step: int,
         last_layer: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Terms of the autoencoder's objective; "loss" is what to differentiate, the others are unweighted and detached.
+        """Terms of the autoencoder's objective; "loss" is what to differentiate, the others are detached.
 
-        pixels, reconstruction: [B, 3, H, W]. last_layer: the decoder's last weight, needed by the adaptive weight only.
+        Those of the latent are weighted, the others are not. pixels, reconstruction: [B, 3, H, W]. last_layer: the decoder's last weight, needed by the adaptive weight only.
         The discriminator receives no gradient.
         """
         pixels, reconstruction = pixels.float(), reconstruction.float()
@@ -111,7 +161,8 @@ class VQLoss(nn.Module):
         if self.perceptual_weight:
             terms["perceptual"] = self.perceptual_loss(pixels, reconstruction).mean()
             fidelity = fidelity + self.perceptual_weight * terms["perceptual"]
-        loss = fidelity + quantized.vq + quantized.commit + quantized.entropy
+        regularisation = latent.losses()
+        loss = sum(regularisation.values(), start=fidelity)
         if self.adversarial(step):
             with _frozen(self.discriminator):
                 terms["adversarial"] = self._gen_loss(self.discriminator(reconstruction).float())
@@ -119,11 +170,11 @@ class VQLoss(nn.Module):
             if self.disc_adaptive_weight:
                 weight = weight * self._adaptive_weight(fidelity, terms["adversarial"], last_layer)
             loss = loss + weight * terms["adversarial"]
-        terms |= {"vq": quantized.vq, "commit": quantized.commit, "entropy": quantized.entropy}
-        return {"loss": loss} | {name: value.detach() for name, value in terms.items()}
+        return {"loss": loss} | {name: value.detach() for name, value in (terms | regularisation).items()}
 
     def discriminate(self, pixels: Tensor, reconstruction: Tensor, step: int) -> dict[str, Tensor]:
-        """Terms of the discriminator's objective: "loss" (zero and constant before disc_start) and mean logits.
+        """Terms of the discriminator's objective: "loss" (zero and constant before disc_start), mean logits, and how many of the
+        logits are on the right side of zero.
 
         Call it after `generator`, with that step's reconstruction: BatchNorm sees the batches in the published order.
         """
@@ -131,8 +182,13 @@ class VQLoss(nn.Module):
             return {"loss": pixels.new_zeros((), dtype=torch.float32)}
         real = self.discriminator(pixels).float()
         fake = self.discriminator(reconstruction.detach()).float()
-        loss = self.disc_weight * self._disc_loss(real, fake)
-        return {"loss": loss, "real": real.detach().mean(), "fake": fake.detach().mean()}
+        terms = {"loss": self.disc_own_weight * self._disc_loss(real, fake)}
+        if self.lecam is not None:
+            lecam = self.lecam_weight * self.lecam(real, fake)
+            terms = {"loss": terms["loss"] + lecam, "lecam": lecam.detach()}
+        terms |= {"real": real.detach().mean(), "fake": fake.detach().mean()}
+        right = {"real_accuracy": real.detach() > 0, "fake_accuracy": fake.detach() < 0}
+        return terms | {name: verdict.float().mean() for name, verdict in right.items()}
 
     def _adaptive_weight(self, fidelity: Tensor, adversarial: Tensor, last_layer: Tensor | None) -> Tensor:
         if last_layer is None:

@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS (arXiv 1801.03924, eq. 1) and a stated substitute for machines that lack its weights."""
+"""Perceptual distances: LPIPS (arXiv 1801.03924, eq. 1), ConvNeXt logits, mixtures, and a stated substitute for machines without weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import convnext_small
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError
@@ -104,6 +105,51 @@ class LPIPS(nn.Module):
 
 def _unit(x: Tensor) -> Tensor:
     return x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+
+
+class ConvNeXtDistance(nn.Module):
+    """Mean squared difference of ConvNeXt-Small's 1000 class logits at 224 px (TiTok, arXiv 2406.07550, appendix). Frozen.
+
+    network: maps [B, 3, 224, 224], normalised with ImageNet's statistics, to logits.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ConvNeXtDistance:
+        """From torchvision's file of `convnext_small` (IMAGENET1K_V1)."""
+        network = convnext_small()
+        load_exactly(network, read_state_dict(path))
+        return cls(network)
+
+    def train(self, mode: bool = True) -> ConvNeXtDistance:
+        """Stays in evaluation mode: its drop-path must not act on the objective."""
+        return super().train(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """[B, 3, H, W] twice, in [-1, 1] -> distances [B, 1, 1, 1]."""
+        return _mean((self._logits(x) - self._logits(y)).square()[..., None, None])
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        resized = F.interpolate((pixels + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
+        return self.network((resized - self.mean) / self.std)
+
+
+class WeightedMean(nn.Module):
+    """Weighted mean of distances: (sum of weight_i distance_i) / (sum of weight_i)."""
+
+    def __init__(self, distances: Sequence[nn.Module], weights: Sequence[float]):
+        super().__init__()
+        self.distances, self.weights = nn.ModuleList(distances), tuple(weights)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """[B, 3, H, W] twice, in [-1, 1] -> distances [B, 1, 1, 1]."""
+        parts = (weight * distance(x, y) for weight, distance in zip(self.weights, self.distances))
+        return sum(parts) / sum(self.weights)
 
 
 class PyramidLoss(nn.Module):

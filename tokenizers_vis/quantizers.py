@@ -18,7 +18,7 @@ class Quantized:
 
     quantized: [B, C, h, w], gradient straight through to the (normalised) input; indices: [B, h*w] int64;
     vq: pulls codes to features; commit: pulls features to codes; entropy: favours confident use of many codes;
-    usage: share of the codebook that the recent past used.
+    usage: share of the codebook that the recent past used (None without a usage queue).
     """
 
     quantized: Tensor
@@ -27,6 +27,11 @@ class Quantized:
     commit: Tensor | None = None
     entropy: Tensor | None = None
     usage: Tensor | None = None
+
+    def losses(self) -> dict[str, Tensor]:
+        """The losses by name, to be added to an objective."""
+        named = {"vq": self.vq, "commit": self.commit, "entropy": self.entropy}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class VectorQuantizer(nn.Module):
     """Nearest code of a codebook [K, C].
 
     normalise: compare and return unit vectors; the stored weight stays raw. beta: weight of the commitment loss;
-    entropy_ratio: weight of the entropy loss (0: not computed). window: length of the usage queue.
+    entropy_ratio: weight of the entropy loss (0: not computed). window: length of the usage queue (0: none is kept).
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(codes, channels)
         # The last `window` indices, newest at the end. Starts as zeros, so code 0 counts as used early on. Integers, because
         # published files hold floats that a cast of the model to bf16 would round; a buffer, because training updates it.
-        self.register_buffer("codebook_used", torch.zeros(window, dtype=torch.int32))
+        self.register_buffer("codebook_used", torch.zeros(window, dtype=torch.int32) if window else None)
         self._remembered = 0  # since this object was made; only statistics() reads it
         self.reset_parameters()
 
@@ -82,6 +87,10 @@ class VectorQuantizer(nn.Module):
         """Codes of any shape [...] -> vectors [..., C]."""
         return self._unit(self.embedding(indices))
 
+    def soft_lookup(self, weights: Tensor) -> Tensor:
+        """Weights over the codes [..., K] -> mixtures of the stored rows [..., C], unit vectors where codes are normalised."""
+        return self._unit(weights.float() @ self.embedding.weight.float())
+
     def forward(self, z: Tensor) -> Quantized:
         """[B, C, h, w] -> Quantized; runs in fp32 whatever the autocast state (a distance in bf16 picks wrong codes)."""
         with torch.autocast(z.device.type, enabled=False):
@@ -94,14 +103,15 @@ class VectorQuantizer(nn.Module):
             shaped = rearrange(indices, "(b n) -> b n", b=batch)
             if not self.training:
                 return Quantized(quantized, shaped)
-            self._remember(indices)
+            if self.codebook_used is not None:
+                self._remember(indices)
             return Quantized(
                 quantized,
                 shaped,
                 vq=F.mse_loss(chosen, rows.detach()),
                 commit=self.beta * F.mse_loss(rows, chosen.detach()),
                 entropy=self.entropy_ratio * self._entropy(rows) if self.entropy_ratio else rows.new_zeros(()),
-                usage=self._used().float().mean(),
+                usage=None if self.codebook_used is None else self._used().float().mean(),
             )
 
     def _entropy(self, rows: Tensor, temperature: float = 0.01) -> Tensor:
@@ -131,6 +141,8 @@ class VectorQuantizer(nn.Module):
 
     def statistics(self) -> CodebookStatistics:
         """Use of the codebook over the queue, without the zeros that it started with. Synchronises: call it when logging."""
+        if self.codebook_used is None:
+            return CodebookStatistics(0, 0, 0.0, 0.0)
         # A loaded queue says how full it is by its leading zeros; counting too serves a model that knows no code but 0.
         written = self.codebook_used.nonzero()
         window = self.codebook_used.numel()

@@ -67,6 +67,8 @@ class VQModel(CodeTokenizer, ModelMixin, ConfigMixin):
     published). Downsampling = patch_size * 2 ** (levels - 1).
     """
 
+    coding_parts = ("encoder", "quant_conv", "quantize")  # what decides about the tokens of a picture
+
     @register_to_config
     def __init__(
         self,

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from vgen.errors import VgenError
-from vgen.tokenizers_vis.losses import DISCRIMINATOR_LOSSES, VQLoss
-from vgen.tokenizers_vis.patchgan import PatchDiscriminator
-from vgen.tokenizers_vis.perceptual import LPIPS, PyramidLoss
+from vgen.tokenizers_vis.losses import DISCRIMINATOR_LOSSES, LeCam, VQLoss, WeightedKL
+from vgen.tokenizers_vis.patchgan import BlurDiscriminator, BlurPool, PatchDiscriminator
+from vgen.tokenizers_vis.perceptual import LPIPS, ConvNeXtDistance, PyramidLoss, WeightedMean
+from vgen.tokenizers_vis.posterior import DiagonalGaussian
 from vgen.tokenizers_vis.quantizers import Quantized
 
 ZERO = torch.zeros(())
@@ -109,3 +110,80 @@ def test_lpips_reads_the_two_published_files(tmp_path):
     assert torch.equal(loaded.lin2.model[1].weight, heads["lin2.model.1.weight"])
     assert not any(p.requires_grad for p in loaded.parameters())
     assert loaded.scaling_layer.shift[0, 2].item() == pytest.approx(-0.188)
+
+
+def test_the_weighted_divergence_of_the_prior_itself_is_zero():
+    zero = torch.zeros(2, 3, 1, 4)
+    prior, off = DiagonalGaussian(zero, zero), DiagonalGaussian(zero + 1, zero)
+    assert WeightedKL(prior, 0.1).losses()["kl"].item() == 0
+    assert WeightedKL(off, 0.1).losses()["kl"].item() == pytest.approx(0.1 * 12 / 2)
+
+
+def test_the_discriminators_own_weight_and_verdicts():
+    torch.manual_seed(0)
+    pixels, made = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    judge = PatchDiscriminator(width=4, layers=1).eval()
+    weighted, own = (VQLoss(judge, disc_start=0, disc_weight=0.1, disc_own_weight=weight) for weight in (None, 1.0))
+    low, full = (loss.discriminate(pixels, made, 1) for loss in (weighted, own))
+    assert full["loss"].item() == pytest.approx(10 * low["loss"].item(), rel=1e-4)
+    assert full["real_accuracy"].item() == pytest.approx((judge(pixels) > 0).float().mean().item())
+    assert full["fake_accuracy"].item() == pytest.approx((judge(made) < 0).float().mean().item())
+
+
+def test_lecam_pulls_verdicts_to_the_others_running_mean():
+    lecam = LeCam(decay=0.9)
+    lecam.fake.fill_(-1.0)
+    real = torch.tensor([2.0, 4.0], requires_grad=True)
+    loss = lecam(real, torch.tensor([0.5]))
+    assert loss.item() == pytest.approx((3 + 1) ** 2) and lecam.real.item() == pytest.approx(0.3)
+    assert lecam.fake.item() == pytest.approx(-0.9 + 0.05)
+    loss.backward()
+    assert (real.grad > 0).all()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 3)])
+def test_the_blur_halves_any_size_and_keeps_flat_pictures_flat(size):
+    blurred = BlurPool((1.0, 3.0, 3.0, 1.0))(torch.ones(1, 2, *size))
+    assert blurred.shape[-2:] == tuple(math.ceil(side / 2) for side in size)
+    inner = blurred[..., 1:-1, 1:-1]
+    torch.testing.assert_close(inner, torch.ones_like(inner))
+
+
+def test_the_blur_discriminator_has_one_size_of_verdict():
+    judge = BlurDiscriminator(width=32, stages=2)
+    for size in (32, 80):
+        assert judge(torch.rand(1, 3, size, size)).shape == (1, 1, 16, 16)
+    with pytest.raises(VgenError, match="multiple of its 32 norm groups, got 48"):
+        BlurDiscriminator(width=48)
+
+
+def test_convnext_distance_compares_logits_at_224(tmp_path):
+    class Mean(torch.nn.Module):
+        def forward(self, pixels):
+            assert pixels.shape[-2:] == (224, 224)
+            return torch.stack((pixels.mean(dim=(1, 2, 3)), pixels.sum(dim=(1, 2, 3)) * 0), dim=1)
+
+    distance = ConvNeXtDistance(torch.nn.Sequential(Mean(), torch.nn.Dropout(0.5))).train()
+    x = torch.zeros(2, 3, 32, 32)
+    found = distance(x, x + 0.2)
+    assert found.shape == (2, 1, 1, 1) and distance(x, x).abs().max() == 0
+    shift = 0.1 * (1 / distance.std).mean()  # a change of 0.2 on [-1, 1] is one of 0.1 on [0, 1]
+    torch.testing.assert_close(found.flatten(), (shift.square() / 2).expand(2), rtol=1e-3, atol=0)
+    torch.save({"nothing": x}, tmp_path / "x.pth")
+    with pytest.raises(VgenError, match="does not fit ConvNeXt"):
+        ConvNeXtDistance.from_file(tmp_path / "x.pth")
+
+
+def test_a_mean_of_distances_is_weighted():
+    class Constant(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, x, y):
+            return torch.full((len(x), 1, 1, 1), self.value)
+
+    x = torch.zeros(2, 3, 8, 8)
+    assert WeightedMean((Constant(3.0), Constant(14.0)), (1.0, 0.1))(x, x).flatten().tolist() == pytest.approx(
+        [4.0, 4.0]
+    )

@@ -113,3 +113,20 @@ def test_a_restart_revives_a_collapsed_codebook():
     before = quantizer(z).indices.unique().numel()
     quantizer.restart_dead_codes(z.movedim(1, -1).reshape(-1, 4), torch.Generator().manual_seed(0))
     assert quantizer(z).indices.unique().numel() > before + 20
+
+
+def test_without_a_queue_there_is_no_bookkeeping():
+    quantizer = VectorQuantizer(8, 3, window=0).train()
+    found = quantizer(torch.randn(1, 3, 2, 2))
+    assert set(quantizer.state_dict()) == {"embedding.weight"} and found.usage is None
+    assert quantizer.statistics().seen == 0 and quantizer.collapsed() is None
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_sure_weights_look_up_their_code(normalise: bool):
+    quantizer = VectorQuantizer(8, 3, normalise, window=0)
+    quantizer.embedding.weight.data.normal_()
+    torch.testing.assert_close(quantizer.soft_lookup(torch.eye(8)), quantizer.codebook())
+    mixed = quantizer.soft_lookup(torch.full((8,), 1 / 8))
+    mean = quantizer.embedding.weight.mean(dim=0)
+    torch.testing.assert_close(mixed, F.normalize(mean, dim=0) if normalise else mean)

@@ -7,12 +7,13 @@ import io
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+from vgen.layers.pixels import to_rgb
 
 
 class BadFile(ValueError):
@@ -35,7 +36,7 @@ def decode_image(contents: bytes) -> Tensor:
     """The first frame of any picture Pillow reads, upright, on white -> uint8 `[3, H, W]`. Raises BadFile."""
     try:
         with Image.open(io.BytesIO(contents)) as image:
-            return F.pil_to_tensor(_to_rgb(ImageOps.exif_transpose(image)))
+            return F.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
     except Exception as error:  # decoders raise everything from SyntaxError to struct.error at broken files
         raise BadFile(f"not a readable picture ({error})") from error
 
@@ -78,23 +79,3 @@ def item_generator(seed: int, epoch: int, index: int) -> torch.Generator:
     """The random numbers of one item: the same for any process, worker or batch that asks for (seed, epoch, index)."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        page = Image.new("RGBA", image.size, "white")
-        page.alpha_composite(image)
-        image = page
-    return image.convert("RGB")
-
-
-def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
-    """16-bit grey ("I;16…", and "I" as 16-bit files are opened) and float grey to 8 bits; Pillow's convert would clip at 255."""
-    if mode == "F":
-        values = values * (255.0 if np.nanmax(values) <= 1 else 1.0)
-    else:
-        values = values / 257.0
-    return np.nan_to_num(values).round().clip(0, 255).astype(np.uint8)

@@ -31,6 +31,7 @@ SYSTEMS = {
     "nar": "vgen.train.nar",
     "dar": "vgen.train.dar",
     "rar": "vgen.train.rar",
+    "maskgit": "vgen.train.maskgit",
 }
 
 

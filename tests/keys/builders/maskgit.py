@@ -1,0 +1,9 @@
+"""MaskGIT over TiTok tokens: both networks."""
+
+from vgen.models.maskgit import MaskGITUViT, MaskGITViT
+
+BUILDERS = {
+    f"maskgit-{size.lower().replace('-', '')}": (lambda model=model, size=size: model(**model.size_config(size)))
+    for model in (MaskGITViT, MaskGITUViT)
+    for size in model.SIZES
+}
