@@ -7,11 +7,13 @@ orders and reports
   images/s    with guidance, tokens and pixels; all rows in one run on one machine
   held-out    cross-entropy in nats per token of the held-out pictures with their captions, under the model's own factorisation;
               best: the lowest that the run's log has (with averaged weights, over its own training objective), and its step
-  retrieval   share of pictures whose nearest dataset picture is the one that bears the caption; own tokens, PSNR: as in docs/emoji.md
+  retrieval   share of pictures whose nearest dataset picture is the one that bears the caption; own tokens, PSNR: as in docs/emoji.md.
+              Sampled at temperature 1, and greedy (temperature 0): models that know their pictures by heart lose the thread after
+              one unlikely token, and greedy decoding shows what they know
 
 command:   python benchmarks/emoji_families.py --out docs/emoji_families        (--no-train: only measure)
 duration:  an hour of training and five minutes of sampling on 2 CPU cores
-It writes OUT.md, OUT.json and OUT.png (the same captions by every model).
+It writes OUT.md, OUT.json, OUT.png and OUT_greedy.png (the same captions by every model).
 """
 
 from __future__ import annotations
@@ -94,13 +96,14 @@ def own_loss(pipe: VisualPipeline, order=None) -> Callable[[Condition, Tensor, i
 
 
 def measure(name: str, pipe: VisualPipeline, order_name: str | None, config, task: CaptionTask, batch: int):
-    """One row, and the pictures."""
+    """One row, and twelve pictures each, sampled and greedy."""
     order = make_order(order_name, pipe.model.grid) if order_name else pipe.model.default_order()
     batch = 1 if "adaptive" in order.name else batch  # it decides per picture
     pipe(task.prompts[:batch], order=order, batch_size=batch, seed=1)  # warm-up
     start = time.perf_counter()
     result = pipe(task.prompts, order=order, batch_size=batch, seed=0)
     seconds = time.perf_counter() - start
+    greedy = pipe(task.prompts, order=order, batch_size=batch, seed=0, temperature=0.0)
     # LlamaGen was trained in raster order: under ZipAR it has no likelihood of its own.
     likelihood = name != "LlamaGen + ZipAR" and not order.name.startswith("confidence")
     row = {
@@ -115,8 +118,9 @@ def measure(name: str, pipe: VisualPipeline, order_name: str | None, config, tas
         "held_out_nats": task.held_out_loss(pipe, own_loss(pipe, order)) if likelihood else None,
         "best_held_out": best_held_out(config.out),
         **task.figures(result),
+        **{f"{name}_greedy": value for name, value in task.figures(greedy).items()},
     }
-    return row, result.images[:12]
+    return row, (result.images[:12], greedy.images[:12])
 
 
 def main() -> None:
@@ -149,8 +153,8 @@ def report(args: argparse.Namespace, pipe: VisualPipeline, rows: list[dict], sam
         f"{len(task.prompts)} training captions, guidance {pipe.config.guidance_scale}, temperature {pipe.config.temperature}, "
         f"seed 0, batches of {args.batch_size}; machine: {machine}.",
         "",
-        "| model | order | parameters | training, TFLOP | calls | tokens fed per image | images/s | held-out nats/token | best (step) | retrieval | own tokens | PSNR, dB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | order | parameters | training, TFLOP | calls | tokens fed per image | images/s | held-out nats/token | best (step) | retrieval | own tokens | PSNR, dB | greedy: retrieval | own tokens | PSNR, dB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         best, step = r["best_held_out"]
@@ -159,15 +163,19 @@ def report(args: argparse.Namespace, pipe: VisualPipeline, rows: list[dict], sam
         lines.append(
             f"| {r['model']} | {r['order']} | {r['parameters'] / 1e6:.1f} M | {r['training_flops'] / 1e12:.1f} | {r['calls']:.0f} "
             f"| {r['fed_tokens_per_image']:.0f} | {r['images_per_second']:.1f}{alone} | {nats} | {best:.2f} ({step}) | {100 * r['retrieval']:.1f} % "
-            f"| {100 * r['own_tokens']:.1f} % | {r['psnr']:.1f} |"
+            f"| {100 * r['own_tokens']:.1f} % | {r['psnr']:.1f} | {100 * r['retrieval_greedy']:.1f} % "
+            f"| {100 * r['own_tokens_greedy']:.1f} % | {r['psnr_greedy']:.1f} |"
         )
     with atomic_path(args.out.with_suffix(".md")) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(args.out.with_suffix(".json"), {"machine": machine, "rows": rows})
-    pictures = [image for images in samples.values() for image in images]
-    labels = [label if i == 0 else task.prompts[i] for label, images in samples.items() for i in range(len(images))]
-    with atomic_path(args.out.with_suffix(".png")) as temporary:
-        sheet(pictures, labels, columns=12).save(temporary)
+    for which, suffix in enumerate(("", "_greedy")):
+        pictures = [image for pair in samples.values() for image in pair[which]]
+        labels = [
+            label if i == 0 else task.prompts[i] for label, pair in samples.items() for i in range(len(pair[which]))
+        ]
+        with atomic_path(args.out.with_name(f"{args.out.name}{suffix}.png")) as temporary:
+            sheet(pictures, labels, columns=12).save(temporary)
     print("\n".join(lines))
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Everything that waits for a CUDA GPU, in one call: native Triton tests, kernel benchmark, the 16x16 emoji models, the order table.
+# Everything that waits for a CUDA GPU, in one call: native Triton tests, kernel benchmark, the 16x16 emoji models, the order table,
+# the families at equal compute, the tokenizers.
 # usage: bash benchmarks/gpu_session.sh OUT_FOLDER   (needs data/emoji, see `vgen data emoji`; stages can be picked: STAGES="tests bench")
 set -euo pipefail
 out=${1:?usage: bash benchmarks/gpu_session.sh OUT_FOLDER}
-stages=${STAGES:-tests bench tokenizer model orders}
+stages=${STAGES:-tests bench tokenizer model orders families tokenizers}
 mkdir -p "$out"
 for stage in $stages; do
     case $stage in
@@ -19,6 +20,15 @@ for stage in $stages; do
             ;;
         orders)
             python benchmarks/emoji_orders.py --model runs/emoji/anyorder_16x16/model --tokens runs/tokens/emoji_16x16 --out "$out/emoji_orders_16x16"
+            ;;
+        families)
+            python -m vgen.cli.main tokenize --model vgen/assets/emoji/tokenizer --data data/emoji --out runs/tokens/emoji
+            python benchmarks/emoji_families.py --out "$out/emoji_families" 2>&1 | tee "$out/families.log"
+            ;;
+        tokenizers)
+            python -m vgen.cli.main train configs/emoji/kl.yaml
+            python -m vgen.cli.main train configs/emoji/flextok.yaml
+            python benchmarks/emoji_tokenizers.py --model emoji-vq --model emoji-titok --model runs/emoji/flextok/model --model emoji-kl --out "$out/emoji_tokenizers"
             ;;
         *) echo "unknown stage $stage" >&2; exit 2 ;;
     esac
