@@ -17,7 +17,8 @@ from vgen.errors import VgenError
 from vgen.kernels.philox import philox_gumbel, philox_normal, philox_uniform
 from vgen.samplers.types import Step
 
-TOKENS, CONFIDENCE, START = 0, 1, 2  # streams: independent numbers for the same position and step
+TOKENS, CONFIDENCE, START, ACCEPT, RESAMPLE = range(5)  # streams: independent numbers for the same position and step
+DIFFUSION = 1 << 16  # the initial noise of a diffusion; its substep k has the stream DIFFUSION + 1 + k
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class PhiloxNoise:
         """N(0, 1), shape [B, m, ...]."""
         return self._draw(philox_normal, stream, step, shape).to(dtype)
 
+    def picture(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """N(0, 1), fp32 [B, ...] for whole pictures: what a flow decoder starts from. It belongs to no position or step."""
+        samples = self.samples.to(device)
+        origin = torch.zeros(1, dtype=torch.long, device=device)
+        return philox_normal(self.seed, samples, origin, 0, START, math.prod(shape[1:])).view(*shape)
+
     def _draw(self, kind: Callable[..., Tensor], stream: int, step: Step, shape: Sequence[int]) -> Tensor:
         samples = self.samples.to(step.targets.device)
         return kind(self.seed, samples, step.targets, step.index, stream, math.prod(shape[2:])).view(*shape)
@@ -77,25 +84,41 @@ class TapeNoise:
 
     def token_noise(self, stream: int, step: Step, shape: Sequence[int]) -> dict[str, Any]:
         """The next recorded Gumbel tensor."""
-        return {"gumbel": self._next(self.gumbels, shape)}
+        return {"gumbel": self._next(self.gumbels, step, shape)}
 
     def gumbel(self, stream: int, step: Step, shape: Sequence[int]) -> Tensor:
         """The next recorded Gumbel tensor."""
-        return self._next(self.gumbels, shape)
+        return self._next(self.gumbels, step, shape)
 
     def uniform(self, stream: int, step: Step, shape: Sequence[int]) -> Tensor:
         """The next recorded uniform tensor."""
-        return self._next(self.uniforms, shape)
+        return self._next(self.uniforms, step, shape)
 
     def normal(self, stream: int, step: Step, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """The next recorded normal tensor."""
-        return self._next(self.normals, shape).to(dtype)
+        return self._next(self.normals, step, shape).to(dtype)
 
-    @staticmethod
-    def _next(tape: list[Tensor], shape: Sequence[int]) -> Tensor:
+    def _next(self, tape: list[Tensor], step: Step, shape: Sequence[int]) -> Tensor:
         if not tape:
             raise VgenError("the recorded noise is used up: the run makes more draws than the recording")
-        draw = tape.pop(0)
+        draw = self._of_targets(tape.pop(0), step)
         if draw.numel() != math.prod(shape):
             raise VgenError(f"the recorded noise has shape {tuple(draw.shape)}, the run asks for {tuple(shape)}")
         return draw.view(*shape)
+
+    def _of_targets(self, draw: Tensor, step: Step) -> Tensor:
+        return draw
+
+
+class GridTape(TapeNoise):
+    """A tape of draws [B, N, ...] over all positions, as the samplers of masked models make them: those of the targets count."""
+
+    @classmethod
+    def from_uniform(cls, draws: Sequence[Tensor]) -> GridTape:
+        """A tape of the Gumbel noise that MaskGIT and MaskGen make of uniform numbers: both logarithms are kept above 1e-20."""
+        tiny = 1e-20
+        return cls([-torch.log((-torch.log(u.clamp_min(tiny))).clamp_min(tiny)) for u in draws], [], [])
+
+    def _of_targets(self, draw: Tensor, step: Step) -> Tensor:
+        targets = step.targets.to(draw.device).expand(len(draw), step.size)
+        return draw[torch.arange(len(draw), device=draw.device)[:, None], targets]

@@ -86,6 +86,11 @@ def test_missing_files_and_families_are_said_in_one_sentence(files, tmp_path):
         load_published("later", files)
 
 
-def test_every_listed_family_has_a_model():
-    for kind, table in (("generator", GENERATORS), ("tokenizer", TOKENIZERS)):
-        assert {published(name).family for name in registry.names(kind=kind)} <= set(table)
+def test_every_listed_family_has_a_model_or_is_known_to_have_none():
+    listed = {
+        kind: {published(name).family for name in registry.names(kind=kind)} for kind in ("generator", "tokenizer")
+    }
+    assert listed["tokenizer"] <= set(TOKENIZERS)
+    assert listed["generator"] - set(GENERATORS) == {
+        "gridar"
+    }  # FlexAR's control on a grid: its layout is not published

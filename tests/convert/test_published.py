@@ -10,10 +10,14 @@ from vgen.convert import published as registry
 from vgen.convert.published import find, locate, names, published
 from vgen.errors import VgenError
 from vgen.models.llamagen import LlamaGenModel
+from vgen.models.maskgen import MaskGenVQ
+from vgen.models.maskgen_kl import MaskGenKL
+from vgen.models.maskgit import MaskGITUViT, MaskGITViT
 from vgen.models.nar import NARModel
 from vgen.models.par import PARModel
 from vgen.models.rar import RARModel
-from vgen.samplers.choice import TokenChoice
+from vgen.samplers.choice import token_choice
+from vgen.samplers.diffusion import GaussianDiffusion
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.orders import make_order
 from vgen.tokenizers_vis.flextok import SIZES as FLEXTOK_SIZES
@@ -26,6 +30,11 @@ from vgen.tokenizers_vis.maskgit_vqgan import SIZES as MASKGIT_SIZES
 from vgen.tokenizers_vis.maskgit_vqgan import MaskGITVQGAN
 from vgen.tokenizers_vis.mingtok import SIZES as MINGTOK_SIZES
 from vgen.tokenizers_vis.mingtok import MingTok
+from vgen.tokenizers_vis.titok import VAE_SIZES as TITOK_VAE_SIZES
+from vgen.tokenizers_vis.titok import VQ_SIZES as TITOK_VQ_SIZES
+from vgen.tokenizers_vis.titok import TiTokVAE, TiTokVQ
+from vgen.tokenizers_vis.titok_legacy import SIZES as TITOK_LEGACY_SIZES
+from vgen.tokenizers_vis.titok_legacy import TiTokLegacy
 from vgen.tokenizers_vis.tokenbridge import SIZES as TOKENBRIDGE_SIZES
 from vgen.tokenizers_vis.tokenbridge import TokenBridge
 from vgen.tokenizers_vis.vq import SIZES as VQ_SIZES
@@ -36,8 +45,15 @@ FAMILIES = {
     "par": (PARModel, PARModel.size_config),
     "nar": (NARModel, NARModel.size_config),
     "rar": (RARModel, RARModel.size_config),
+    "maskgit_vit": (MaskGITViT, MaskGITViT.size_config),
+    "maskgit_uvit": (MaskGITUViT, MaskGITUViT.size_config),
+    "maskgen_vq": (MaskGenVQ, MaskGenVQ.size_config),
+    "maskgen_kl": (MaskGenKL, MaskGenKL.size_config),
     "vq": (VQModel, VQ_SIZES.__getitem__),
     "maskgit_vqgan": (MaskGITVQGAN, MASKGIT_SIZES.__getitem__),
+    "titok_vq": (TiTokVQ, TITOK_VQ_SIZES.__getitem__),
+    "titok_vae": (TiTokVAE, TITOK_VAE_SIZES.__getitem__),
+    "titok_legacy": (TiTokLegacy, TITOK_LEGACY_SIZES.__getitem__),
     "flextok": (FlexTok, FLEXTOK_SIZES.__getitem__),
     "flextok_vae": (FlexTokVAE, FLEXTOK_VAE_SIZES.__getitem__),
     "kl": (KLModel, KL_SIZES.__getitem__),
@@ -51,6 +67,8 @@ EXPECTED = {
     *(f"nar-c2i-{size}-256" for size in ("B", "M", "L", "XL", "XXL")),
     *("nar-t2i-XL-256", "nar-t2i-XL-512"),
     *(f"rar-{size}-256" for size in ("B", "L", "XL", "XXL")),
+    *(f"maskgit-titok-{size}" for size in ("l32", "b64", "s128")),
+    *(f"maskgen-{kind}-{size}" for kind in ("vq", "kl") for size in ("L", "XL")),
 }
 
 
@@ -71,7 +89,8 @@ def test_entries_hold_together(name):
         return
     sampling = entry.sampling
     ClassifierFree(sampling.guidance_scale, sampling.guidance_schedule, sampling.guidance_power)
-    TokenChoice(sampling.temperature, sampling.top_k, sampling.top_p)
+    token_choice(sampling.choice, sampling.temperature, sampling.top_k, sampling.top_p)
+    GaussianDiffusion.named().respaced(sampling.substeps)
     order = make_order(sampling.order, entry.grid)
     assert sampling.calls in (order.calls, None)
     assert any(sampling.order.startswith(kind) for kind in entry.orders)
@@ -90,7 +109,7 @@ def test_sizes_have_the_published_parameter_counts(name):
         kind, sizes = FAMILIES[tokenizer.family]
         with torch.device("meta"):
             spec = kind(**sizes(tokenizer.size)).spec
-        assert spec.vocabulary == built.config.codes
+        assert spec.vocabulary == built.config.get("codes") and spec.channels == built.config.get("channels")
 
 
 def test_an_unknown_name_names_the_nearest():

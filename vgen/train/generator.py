@@ -75,6 +75,7 @@ class SamplingConfig:
     guidance_scale: float = 3.0
     guidance_schedule: str = "constant"
     guidance_power: float = 1.5
+    choice: str = "plain"  # of `samplers.choice.RECIPES`: what the temperature means
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
