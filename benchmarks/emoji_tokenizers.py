@@ -4,8 +4,9 @@ For every tokenizer (and every number of kept tokens of a flexible one) it repor
 pictures, tokens and bits a picture, and the time to code and decode one. Continuous tokenizers appear once more for every number of
 bits of BITS, quantised after training (TokenBridge).
 
-command:   python benchmarks/emoji_tokenizers.py --out docs/emoji_tokenizers
-duration:  two minutes on 2 CPU cores, most of it the flow decoder
+command:   python benchmarks/emoji_tokenizers.py --model emoji-vq --model emoji-titok --model runs/emoji/flextok/model --model emoji-kl
+           (without --model: all shipped tokenizers)
+duration:  ten minutes on 2 CPU cores, most of it the flow decoder
 It writes OUT.md, OUT.json, OUT.png (held-out pictures over what every tokenizer makes of them) and OUT_curve.png.
 """
 
@@ -27,14 +28,13 @@ from vgen.cli.reconstruct import load_pictures, load_tokenizer
 from vgen.eval.reconstruction import cost, joined, reconstruct_batches
 from vgen.files import atomic_path, write_json
 from vgen.layers.pixels import to_images
+from vgen.tokenizers_vis.flextok import FlexTok, token_counts
 from vgen.tokenizers_vis.registry import SHIPPED
 from vgen.tokenizers_vis.tokenbridge import TokenBridge
 from vgen.train.system import spread
 from vgen.viz.curves import scatter
 from vgen.viz.sheets import sheet
 
-# name of a tokenizer: numbers of kept tokens besides all of them
-KEPT = {"emoji-flextok": (1, 2, 4, 8, 16, 32)}
 BITS = (2, 3, 4, 6)
 
 
@@ -95,8 +95,10 @@ def main() -> None:
 def variants(name: str) -> Iterator[tuple[str, ModelMixin, int | None]]:
     """(label, tokenizer, kept tokens): a tokenizer, with fewer tokens where it can, quantised where it is continuous."""
     tokenizer = load_tokenizer(name)
-    for kept in (*KEPT.get(name, ()), None):
+    name = Path(name).parent.name if Path(name).is_dir() else name  # runs/emoji/flextok/model -> flextok
+    for kept in token_counts(tokenizer.config.registers)[:-1] if isinstance(tokenizer, FlexTok) else ():
         yield name, tokenizer, kept
+    yield name, tokenizer, None
     if tokenizer.spec.vocabulary is None and tokenizer.spec.levels is None:
         for bits in BITS:
             yield f"{name} + TokenBridge, {bits} bits", TokenBridge.quantize(tokenizer, bits=bits), None

@@ -1,28 +1,113 @@
-"""How a token is picked from logits: data, not code, because every family has its own settings."""
+"""How a token is picked: data, not code, because every family has its own settings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from vgen.errors import VgenError
+from vgen.errors import VgenError, nearest
+from vgen.samplers.types import Step
+
+SCORES = ("log_prob", "logit")
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A setting that moves in a straight line from `start` to `end` over the calls of a run.
+
+    A call gets the value of the share of the calls done *with* it: call i of N that of (i + 1) / N, so the last call gets
+    `end` and no call gets `start` (MaskGIT's annealing).
+    """
+
+    start: float
+    end: float
+
+    def at(self, step: Step) -> float:
+        """The value in the call `step`."""
+        return self.start + (self.end - self.start) * step.progress
+
+
+Setting = float | Ramp
 
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """Order of operations: guidance, divide by `temperature`, top-k (ties with the k-th kept), top-p (the crossing token
-    kept), then argmax(logits + Gumbel), which is a draw from the softmax. temperature 0 is greedy; top_k 0 and top_p 1 are off.
+    """Order of operations: guidance, divide by `softmax_temperature`, divide by `temperature`, top-k (ties with the k-th
+    kept), top-p (the crossing token kept), then argmax(logits + Gumbel), which is a draw from the softmax.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 are off. Either temperature may be a `Ramp`. The two differ for the score
+    only, which is what confidence orders compare: "log_prob" (the log-softmax of the drawn token under both temperatures)
+    or "logit" (its guided logit divided by softmax_temperature). MaskGIT adds `temperature` x Gumbel to the logits, which
+    is the same draw.
     """
 
-    temperature: float = 1.0
+    temperature: Setting = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    softmax_temperature: Setting = 1.0
+    score: str = "log_prob"
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise VgenError(
-                f"the temperature must be at least 0 (0: always the likeliest token), got {self.temperature}"
-            )
+        _check(self.temperature, lambda t: 0 <= t < math.inf, "temperature must be at least 0 (0: the likeliest token)")
+        _check(self.softmax_temperature, lambda t: 0 < t < math.inf, "softmax temperature must be above 0")
         if self.top_k < 0:
             raise VgenError(f"top-k must be a positive count, or 0 for all tokens, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise VgenError(f"top-p must be in (0, 1], got {self.top_p}")
+        if self.score not in SCORES:
+            raise VgenError(f"the score is one of {', '.join(SCORES)}, got {self.score!r}")
+
+    def at(self, step: Step) -> TokenChoice:
+        """The settings of one call, ramps replaced by their values."""
+        return replace(
+            self, temperature=_at(self.temperature, step), softmax_temperature=_at(self.softmax_temperature, step)
+        )
+
+
+# Named recipes: what the one temperature that users set means in a family's sampler.
+RECIPES: dict[str, Callable[[float], dict[str, Any]]] = {
+    "plain": lambda temperature: {"temperature": temperature},
+    # MaskGIT as in its published figures, and MaskGen-VQ: noise that falls to 0, logits that sharpen, the logit as confidence.
+    "maskgit": lambda temperature: {
+        "temperature": Ramp(temperature, 0.0),
+        "softmax_temperature": Ramp(1.3, 0.5),
+        "score": "logit",
+    },
+    # MaskGIT as in its demo: the logits stay as they are.
+    "maskgit-demo": lambda temperature: {"temperature": Ramp(temperature, 0.0), "score": "logit"},
+}
+
+
+def token_choice(recipe: str, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> TokenChoice:
+    """The settings of a named recipe (`RECIPES`) at a temperature. Raises VgenError for an unknown name."""
+    if recipe not in RECIPES:
+        raise VgenError(f"unknown recipe of choices {recipe!r}{nearest(recipe, RECIPES)}; known: {', '.join(RECIPES)}")
+    return TokenChoice(top_k=top_k, top_p=top_p, **RECIPES[recipe](temperature))
+
+
+@dataclass(frozen=True)
+class DiffusionChoice:
+    """How a continuous token is denoised (`vgen.samplers.diffusion`).
+
+    temperature: factor of the noise that is added in every substep (not of the initial noise). substeps: which of the
+    training's timesteps are used, as in `GaussianDiffusion.respaced` ("100", "ddim50", …). solver: a name of `SOLVERS`.
+    """
+
+    temperature: float = 1.0
+    substeps: str = "100"
+    solver: str = "ancestral"
+
+    def __post_init__(self):
+        _check(self.temperature, lambda t: 0 <= t < math.inf, "temperature of the diffusion noise must be at least 0")
+
+
+def _at(setting: Setting, step: Step) -> float:
+    return setting.at(step) if isinstance(setting, Ramp) else setting
+
+
+def _check(setting: Setting, fits: Callable[[float], bool], what: str) -> None:
+    for value in (setting.start, setting.end) if isinstance(setting, Ramp) else (setting,):
+        if not fits(value):
+            raise VgenError(f"the {what}, got {value}")

@@ -1,7 +1,7 @@
 """Classifier-free guidance: which rows a batch is tiled to, how they are weighted, how they are mixed.
 
-The mixed prediction is a weighted sum of the rows in fp32: u + s (c - u) has the weights (s, 1 - s). Schedules map the
-share of positions known before and after a step to the scale of that step; every published family has its own, so a
+The mixed prediction is a weighted sum of the rows in fp32: u + s (c - u) has the weights (s, 1 - s). Schedules map a step
+(how many positions are known before and after it, or its number) to its scale; every published family has its own, so a
 schedule is a function and the table below names them.
 """
 
@@ -17,25 +17,46 @@ from torch import Tensor
 from vgen.errors import VgenError, nearest
 from vgen.samplers.types import Step
 
-# (share known before the step, share known after it, power) -> share of the way from 1 to scale
-Schedule = Callable[[float, float, float], float]
+# (step, power) -> share of the way from `start` to `scale`
+Schedule = Callable[[Step, float], float]
+
+
+def _known(step: Step, count: int) -> float:
+    """Share of the positions that is known when `count` are not."""
+    return 1.0 - count / max(step.start_unknown, 1)
+
+
+def _raised_cosine(share: float) -> float:
+    """From 0 to 1 along half a cosine."""
+    return 0.5 * (1.0 - math.cos(math.pi * share))
+
 
 SCHEDULES: dict[str, Schedule] = {
-    "constant": lambda before, after, power: 1.0,
-    "linear": lambda before, after, power: after,  # ARPG, MAR: counts the tokens decoded including this step
-    "linear-before": lambda before, after, power: before,  # RandAR: the first pass is unguided
-    "cosine": lambda before, after, power: 0.5 * (1.0 - math.cos(math.pi * after)),
+    "constant": lambda step, power: 1.0,
+    "linear": lambda step, power: _known(step, step.unknown[1]),  # ARPG: counts the tokens decoded including this step
+    # MAR, Hi-MAR, MaskGen-KL: one token always counts as unknown, so the last step gets (L - 1) / L, not 1.
+    "linear-clamped": lambda step, power: _known(step, max(step.unknown[1], 1)),
+    "linear-before": lambda step, power: _known(step, step.unknown[0]),  # RandAR: the first pass is unguided
+    "cosine": lambda step, power: _raised_cosine(_known(step, step.unknown[1])),
     # MDT, RAR, DAR: every checkpoint has its own power; power 0 is constant, because 0 ** 0 = 1.
-    "power-cosine": lambda before, after, power: 0.5 * (1.0 - math.cos(math.pi * before**power)),
+    "power-cosine": lambda step, power: _raised_cosine(_known(step, step.unknown[0]) ** power),
+    # The samplers of MaskGIT and MaskGen-VQ count steps, however many tokens these decode.
+    "step-linear-before": lambda step, power: step.index / step.total,
+    "step-power-cosine": lambda step, power: _raised_cosine((step.index / step.total) ** power),
+    "step-linear": lambda step, power: step.progress,
+    "step-cosine": lambda step, power: _raised_cosine(step.progress**power),
+    # From 1/2 down to -1/2 (not from 1 to 0), as released.
+    "step-flipped-cosine": lambda step, power: 0.5 * math.cos(math.pi * step.progress**power),
 }
 
 
 @dataclass(frozen=True)
 class ClassifierFree:
-    """cond and null rows, mixed as u + s (c - u) with s running from 1 to `scale` by `schedule` (a name in SCHEDULES).
+    """cond and null rows, mixed as u + s (c - u) with s running from `start` to `scale` by `schedule` (a name in SCHEDULES).
 
-    scale 1 means no guidance: one row, half the work. power: exponent of "power-cosine", at least 0; the other schedules
-    do not read it. limits: per phase (the last one for later phases), how many positions may have been decoded in the
+    scale 1 means no guidance: one row, half the work. start: 1 but for MaskGen-VQ, which mixes as c + s (c - u) with its
+    own s from 1 on, so that it begins at 2. power: exponent of "power-cosine" and of the cosines that count steps, at
+    least 0; the other schedules do not read it. limits: per phase (the last one for later phases), how many positions may have been decoded in the
     phase before a step that is still guided; None: any number. The null row is run all the same, as in the released
     samplers whose `cfg_interval` this is. Source: arXiv 2207.12598, equation 6 (s = 1 + w).
     """
@@ -44,6 +65,7 @@ class ClassifierFree:
     schedule: str = "constant"
     power: float = 1.5
     limits: tuple[int | None, ...] = ()
+    start: float = 1.0
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -54,13 +76,14 @@ class ClassifierFree:
             raise VgenError(
                 f"the guidance scale must be a finite number of at least 0 (1: no guidance), got {self.scale}"
             )
-        if not math.isfinite(self.power) or self.power < 0:
-            raise VgenError(f"the guidance power must be a finite number of at least 0, got {self.power}")
+        for name, value in (("power", self.power), ("start", self.start)):
+            if not math.isfinite(value) or value < 0:
+                raise VgenError(f"the guidance {name} must be a finite number of at least 0, got {value}")
 
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of the conditions a model must run."""
-        return ("cond",) if self.scale == 1 else ("cond", "null")
+        return ("cond",) if self.scale == self.start == 1 else ("cond", "null")
 
     def weights(self, step: Step) -> tuple[float, ...]:
         """(s, 1 - s) of this step, (1, 0) beyond the limit of its phase, or (1,)."""
@@ -69,9 +92,7 @@ class ClassifierFree:
         limit = self.limits[min(step.phase, len(self.limits) - 1)] if self.limits else None
         if limit is not None and step.start_unknown - step.unknown[0] > limit:
             return (1.0, 0.0)
-        total = max(step.start_unknown, 1)
-        before, after = (1.0 - count / total for count in step.unknown)
-        scale = 1.0 + (self.scale - 1.0) * SCHEDULES[self.schedule](before, after, self.power)
+        scale = self.start + (self.scale - self.start) * SCHEDULES[self.schedule](step, self.power)
         return (scale, 1.0 - scale)
 
     def mix(self, parts: Tensor, weights: Sequence[float]) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -44,9 +45,15 @@ def linear_sizes(tokens: int, steps: int) -> list[int]:
     return [(step + 1) * tokens // steps - step * tokens // steps for step in range(steps)]
 
 
+def mar_sizes(tokens: int, steps: int) -> list[int]:
+    """Tokens per step of MAR, Hi-MAR and MaskGen-KL: `mar_unknown` as sizes. It is the cosine curve, rounded differently."""
+    return _sizes(mar_unknown(tokens, steps))
+
+
 SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
     **{name: partial(curve_sizes, curve=name) for name in CURVES},
     "linear": linear_sizes,
+    "mar": mar_sizes,
 }
 
 
@@ -75,6 +82,11 @@ def scaled_sizes(sizes: list[int], tokens: int) -> list[int]:
         done += size
         scaled.append((done * tokens + total // 2) // total - before)
     return scaled
+
+
+def _sizes(unknown: list[int]) -> list[int]:
+    """Unknown tokens before each step -> how many each step decodes; the last one decodes all that are left."""
+    return [before - after for before, after in pairwise([*unknown, 0])]
 
 
 def _check(tokens: int, steps: int) -> None:
@@ -150,7 +162,8 @@ def _mar_counts(tokens: int, steps: int) -> list[int]:
 def maskgit_unknown(tokens: int, steps: int) -> list[int]:
     """Unknown tokens before each step of the MaskGIT sampler used with TiTok (arXiv 2406.07550): the arccos rule.
 
-    More steps than tokens are allowed, as in the released sampler: late steps then re-decide one last token.
+    More steps than tokens are allowed, as in the released sampler: late steps then re-decide one last token. MaskGen-VQ
+    (arXiv 2501.07730) computes the same in fp32, which gives other counts from 557 tokens on (it has 128).
     """
     if min(tokens, steps) < 1:
         raise VgenError(f"MaskGIT needs at least one token and one step, got {tokens} tokens and {steps} steps")
@@ -158,6 +171,12 @@ def maskgit_unknown(tokens: int, steps: int) -> list[int]:
     for step in range(1, steps):
         counts.append(max(1, min(counts[-1] - 1, math.floor(tokens * math.acos(step / steps) / (math.pi / 2)))))
     return counts
+
+
+# Sizes of the released masked samplers, by (tokens, steps). Unlike those of SCHEDULES they may be 0: steps may outnumber tokens.
+MASKED_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
+    "maskgit": lambda tokens, steps: _sizes(maskgit_unknown(tokens, steps)),
+}
 
 
 def enat_unknown(tokens: int, steps: int) -> list[int]:

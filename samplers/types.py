@@ -6,7 +6,7 @@ Prediction knows how to draw, the Canvas knows what has been decoded, and `decod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -150,10 +150,15 @@ class Canvas:
 
 @dataclass
 class Draw:
-    """Values drawn for a step's targets: [B, m] or [B, m, C]; score [B, m]: the family's confidence (None if it has none)."""
+    """Values drawn for a step's targets: [B, m] or [B, m, C]; score [B, m]: the family's confidence (None if it has none).
+
+    log_probs: for orders that weigh one draw against another, the distribution [B, c, V] that the values of a slice of the
+    targets were drawn from, computed when it is asked for (None: the family has no such distribution).
+    """
 
     values: Tensor
     score: Tensor | None = None
+    log_probs: Callable[[slice], Tensor] | None = None
 
 
 class Order(Protocol):

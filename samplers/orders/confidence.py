@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -11,8 +12,10 @@ from vgen.errors import VgenError
 from vgen.samplers.noise import CONFIDENCE
 from vgen.samplers.orders.base import BaseOrder, Call, OrderStep, order_generator
 from vgen.samplers.orders.permuted import free_steps
-from vgen.samplers.schedules import default_steps
+from vgen.samplers.schedules import MASKED_SCHEDULES, default_steps
 from vgen.samplers.types import Canvas, Draw, Grid, Noise, grid_size
+
+SCHEDULE, TEMPERATURE = "arccos", 4.5  # where nothing else is asked for
 
 
 class ConfidenceOrder(BaseOrder):
@@ -20,13 +23,18 @@ class ConfidenceOrder(BaseOrder):
 
     The noise is scaled by temperature * (1 - share of the calls done), 0 in the last call; equal scores keep the
     earlier position. How many stay is known on the host, so shapes are static; which ones stay never leaves the device.
+    schedule: a name of SCHEDULES (at most as many calls as unknown positions) or of MASKED_SCHEDULES, which are the
+    released rules: as many calls as asked for, some of which keep nothing when they outnumber the positions.
     """
 
     varies = "chosen by the model"
 
     def __init__(self, grid: Grid, steps: int, schedule: str, temperature: float):
-        self.size_rule = free_steps(grid, steps, schedule)
-        super().__init__(f"confidence-{steps}", grid, steps)
+        self.size_rule = _size_rule(grid, steps, schedule)
+        name = f"confidence-{steps}"
+        if (schedule, temperature) != (SCHEDULE, TEMPERATURE):
+            name = f"confidence:steps={steps},schedule={schedule},temperature={temperature:g}"
+        super().__init__(name, grid, steps)
         self.temperature = temperature
 
     def sequence(self, generator: torch.Generator | None = None) -> tuple[Tensor, tuple[int, ...]]:
@@ -63,6 +71,12 @@ class ConfidenceOrder(BaseOrder):
             score = score + scale * noise.gumbel(CONFIDENCE, step, score.shape)
         best = score.argsort(dim=1, descending=True, stable=True)[:, : step.keep]
         return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True)
+
+
+def _size_rule(grid: Grid, steps: int, schedule: str) -> Callable[[int], list[int]]:
+    if schedule in MASKED_SCHEDULES:
+        return lambda tokens: MASKED_SCHEDULES[schedule](tokens, steps)
+    return free_steps(grid, steps, schedule)
 
 
 def _unknown_positions(canvas: Canvas, count: int) -> Tensor:

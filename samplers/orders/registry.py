@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vgen.errors import VgenError, nearest
+from vgen.samplers.orders import confidence
 from vgen.samplers.orders.base import BaseOrder
-from vgen.samplers.orders.confidence import confidence_order
 from vgen.samplers.orders.diagonal import diagonal
 from vgen.samplers.orders.fixed import blocks, halton, hierarchical, neighbor, raster, regions
 from vgen.samplers.orders.frames import FramesOrder
@@ -16,7 +16,7 @@ from vgen.samplers.orders.given import given
 from vgen.samplers.orders.locality import locality_order
 from vgen.samplers.orders.permuted import random_order
 from vgen.samplers.orders.zip import zip_rows
-from vgen.samplers.schedules import SCHEDULES
+from vgen.samplers.schedules import MASKED_SCHEDULES, SCHEDULES
 from vgen.samplers.types import Grid, as_grid
 
 
@@ -102,8 +102,9 @@ STEPS = Option(None, COUNT, "number of calls (default: twice the square root of 
 SEED = Option(0, NATURAL, "seed of the permutations; every sample has its own")
 
 
-def _schedule(default: str) -> Option:
-    return Option(default, _one_of(*SCHEDULES), f"sizes of the calls: {', '.join(SCHEDULES)}")
+def _schedule(default: str, *more: str) -> Option:
+    names = (*SCHEDULES, *more)
+    return Option(default, _one_of(*names), f"sizes of the calls: {', '.join(names)}")
 
 
 def frames_order(grid: Grid, inner: str, seed: int) -> FramesOrder:
@@ -143,6 +144,9 @@ ORDERS: dict[str, OrderKind] = {
         {
             "window": Option(3, COUNT, "tokens of a row that must be there before the next row starts"),
             "faithful": Option(False, FLAG, "the released LlamaGen schedule with its substitute tokens"),
+            "adaptive": Option(
+                False, FLAG, "the model decides when a row starts, after at least a window; one picture a batch"
+            ),
         },
         "window",
     ),
@@ -187,13 +191,15 @@ ORDERS: dict[str, OrderKind] = {
         "steps",
     ),
     "confidence": OrderKind(
-        confidence_order,
+        confidence.confidence_order,
         "predict all, keep what the model is surest of",
         "MaskGIT, arXiv 2202.04200",
         {
             "steps": STEPS,
-            "schedule": _schedule("arccos"),
-            "temperature": Option(4.5, AMOUNT, "noise on the confidence in the first call, falling to 0"),
+            "schedule": _schedule(confidence.SCHEDULE, *MASKED_SCHEDULES),
+            "temperature": Option(
+                confidence.TEMPERATURE, AMOUNT, "noise on the confidence in the first call, falling to 0"
+            ),
         },
         "steps",
     ),

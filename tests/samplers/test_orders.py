@@ -335,6 +335,22 @@ def test_confidence_noise_is_annealed_within_each_frame():
     assert scales == [0.25, 0.5, 0.75] * 2  # the last call of a frame keeps everything
 
 
+def test_confidence_orders_may_follow_the_released_rule():
+    order = make_order("confidence", (1, 1, 6), steps=9, schedule="maskgit")
+    canvas = Canvas.blank((1, 1, 6), 2)
+    found = [(step.size, step.keep) for step in run(order, canvas)]
+    assert found == [(6, 1), (5, 1), (4, 1), (3, 1), (2, 1), (1, 0), (1, 0), (1, 0), (1, 1)] and canvas.known.all()
+    with pytest.raises(VgenError, match="1 to 6 steps"):
+        make_order("confidence", (1, 1, 6), steps=9)
+
+
+@pytest.mark.parametrize("name", ["confidence-3", "confidence:steps=9,schedule=maskgit,temperature=9.5"])
+def test_names_of_confidence_orders_make_them_again(name):
+    order = make_order(name, (1, 1, 6))
+    again = make_order(order.name, (1, 1, 6))
+    assert order.name == name and (again.name, again.calls, again.temperature) == (name, order.calls, order.temperature)
+
+
 def test_confidence_needs_a_score():
     order = make_order("confidence-2", (2, 2))
     canvas = Canvas.blank(order.grid, 1)

@@ -1,22 +1,23 @@
 """Canvas, guidance, choice, noise, predictions and the decode loop, on a model that is a table."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vgen.errors import VgenError
-from vgen.samplers.choice import TokenChoice
+from vgen.samplers.choice import RECIPES, Ramp, TokenChoice, token_choice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import SCHEDULES, ClassifierFree
-from vgen.samplers.noise import CONFIDENCE, TOKENS, PhiloxNoise, TapeNoise
+from vgen.samplers.noise import CONFIDENCE, TOKENS, GridTape, PhiloxNoise, TapeNoise
 from vgen.samplers.orders import make_order
 from vgen.samplers.predictions import Logits
 from vgen.samplers.types import Canvas, Counters, Step, as_grid, grid_coordinates
 
 
-def step(targets, index=0, unknown=(16, 12), start=16):
-    return Step(index, torch.as_tensor(targets), len(targets), unknown, 4, start)
+def step(targets, index=0, unknown=(16, 12), start=16, total=4):
+    return Step(index, torch.as_tensor(targets), len(targets), unknown, total, start)
 
 
 def test_grids():
@@ -51,13 +52,28 @@ def test_canvas_checks_its_size():
         Canvas(((1, 2, 3),), torch.zeros(1, 7))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"step-flipped-cosine"}))
 def test_guidance_weights_sum_to_one_and_stay_between_one_and_the_scale(schedule):
     guidance = ClassifierFree(4.0, schedule)
-    for unknown in ((16, 12), (12, 1), (1, 0)):
-        weights = guidance.weights(step([0], unknown=unknown))
+    scales = []
+    for index, unknown in enumerate(((16, 12), (12, 1), (1, 0))):
+        weights = guidance.weights(step([0], index=index, total=3, unknown=unknown))
         assert sum(weights) == pytest.approx(1) and 1 <= weights[0] <= 4 + 1e-9
-    assert SCHEDULES[schedule](1.0, 1.0, 1.5) == pytest.approx(1)
+        scales.append(weights[0])
+    assert scales == sorted(scales)
+    if "before" not in schedule and "power" not in schedule:  # these read what is known when the step begins
+        assert scales[-1] == pytest.approx(4 if schedule != "linear-clamped" else 1 + 3 * 15 / 16)
+
+
+def test_guidance_schedules_may_begin_elsewhere_and_fall():
+    guidance = ClassifierFree(
+        13.0, "step-cosine", power=1.0, start=2.0
+    )  # MaskGen-VQ: c + s (c - u) with s from 1 to 12
+    scales = [guidance.weights(step([0], index=i, total=4))[0] for i in range(4)]
+    assert scales == pytest.approx([2 + 11 * (1 - math.cos(math.pi * r)) / 2 for r in (0.25, 0.5, 0.75, 1)])
+    flipped = ClassifierFree(13.0, "step-flipped-cosine", power=1.0, start=2.0)
+    assert flipped.weights(step([0], index=3, total=4))[0] == pytest.approx(2 - 11 / 2)
+    assert ClassifierFree(1.0, start=2.0).rows == ("cond", "null")
 
 
 def test_guidance_mix_is_u_plus_s_times_the_difference():
@@ -109,6 +125,39 @@ def test_tape_replays_multinomial():
 def test_tape_checks_shapes():
     with pytest.raises(VgenError, match="asks for"):
         TapeNoise([torch.zeros(3)], [], []).gumbel(TOKENS, step([2]), (1, 1, 4))
+
+
+def test_a_grid_tape_gives_the_rows_of_the_targets():
+    draws = torch.arange(2 * 5 * 3).view(2, 5, 3).float()
+    shared = GridTape([draws], [], []).gumbel(TOKENS, step([4, 1]), (2, 2, 3))
+    assert torch.equal(shared, draws[:, [4, 1]])
+    own = GridTape([draws], [], []).token_noise(TOKENS, step([[4, 1], [0, 2]]), (2, 2, 3))["gumbel"]
+    assert torch.equal(own, torch.stack((draws[0, [4, 1]], draws[1, [0, 2]])))
+    uniform = torch.tensor([[0.5, 0.0, 1.0]])
+    gumbel = GridTape.from_uniform([uniform]).gumbel(TOKENS, step([0, 1, 2]), (1, 3))[0]
+    assert gumbel[0] == pytest.approx(-math.log(math.log(2))) and torch.isfinite(gumbel).all()
+
+
+def test_ramps_move_over_the_calls_and_end_where_they_should():
+    ramp = Ramp(1.3, 0.5)
+    assert [ramp.at(step([0], index=i, total=4)) for i in range(4)] == pytest.approx([1.1, 0.9, 0.7, 0.5])
+    choice = TokenChoice(Ramp(2.0, 0.0), softmax_temperature=ramp).at(step([0], index=3, total=4))
+    assert choice.temperature == 0 and choice.softmax_temperature == pytest.approx(0.5)
+
+
+def test_maskgit_draws_as_its_paper_writes_it():
+    """argmax(l / s + a G), and the guided logit l / s of the drawn token as its confidence."""
+    torch.manual_seed(0)
+    logits, gumbel = torch.randn(2, 3, 4, 9), torch.randn(3, 4, 9)
+    one, guidance = step([0, 1, 2, 3], index=1, total=4), ClassifierFree(3.0)
+    draw = Logits(logits).draw(one, guidance, token_choice("maskgit", 2.0), TapeNoise([gumbel], [], []))
+    guided = (3 * logits[0] - 2 * logits[1]) / (0.5 + 0.8 * 0.5)
+    expected = (guided + 2.0 * 0.5 * gumbel).argmax(dim=-1)
+    assert torch.equal(draw.values, expected)
+    torch.testing.assert_close(draw.score, guided.gather(-1, expected[..., None])[..., 0])
+    demo = Logits(logits).draw(one, guidance, token_choice("maskgit-demo", 2.0), TapeNoise([gumbel], [], []))
+    assert torch.equal(demo.values, (guided * 0.9 + gumbel).argmax(dim=-1))
+    assert all(isinstance(token_choice(name), TokenChoice) for name in RECIPES)
 
 
 class Table:
@@ -163,6 +212,11 @@ def test_bad_choices():
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"temperature": Ramp(1.0, -1.0)},
+        {"softmax_temperature": 0.0},
+        {"score": "margin"},
     ):
         with pytest.raises(VgenError):
             TokenChoice(**arguments)
+    with pytest.raises(VgenError, match="did you mean 'maskgit'"):
+        token_choice("maskgitt")

@@ -19,7 +19,6 @@ MODELS = {
     "nar": {**LLAMA, "depth": 1},
     "dar": ADALN,
     "rar": ADALN,
-    "maskgit": ADALN,
 }
 
 

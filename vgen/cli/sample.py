@@ -84,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale", type=float, metavar="S", help="classifier-free guidance; 1 is none (default: the model's)"
     )
     how.add_argument(
-        "--guidance-schedule", metavar="NAME", help="constant, linear, linear-before, cosine, power-cosine"
+        "--guidance-schedule",
+        metavar="NAME",
+        help="constant, linear, cosine, power-cosine, step-linear, … (docs/architecture.md)",
     )
     how.add_argument(
         "--temperature", type=float, metavar="T", help="0 always takes the likeliest token (default: the model's)"

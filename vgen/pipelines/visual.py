@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vgen.errors import VgenError
 from vgen.layers.pixels import to_images, to_pixels
-from vgen.samplers.choice import TokenChoice
+from vgen.samplers.choice import DiffusionChoice, TokenChoice, token_choice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.noise import PhiloxNoise
@@ -30,8 +30,12 @@ from vgen.tokenizers_vis.registry import TOKENIZERS
 COMPONENTS = (
     "vgen.models.anyorder",
     "vgen.models.dar",
+    "vgen.models.flexar",
     "vgen.models.llamagen",
     "vgen.models.lumina",
+    "vgen.models.maskgen",
+    "vgen.models.maskgen_kl",
+    "vgen.models.maskgit",
     "vgen.models.nar",
     "vgen.models.par",
     "vgen.models.rar",
@@ -75,7 +79,7 @@ class Stats:
 
 @dataclass
 class VisualOutput(BaseOutput):
-    """images: PIL images; tokens: [M, N] int64; stats: cost of the run."""
+    """images: PIL images; tokens: [M, N] int64, or [M, N, C] floats; stats: cost of the run."""
 
     images: list[Image.Image]
     tokens: Tensor
@@ -85,9 +89,10 @@ class VisualOutput(BaseOutput):
 class VisualPipeline(DiffusionPipeline):
     """A tokenizer and a generator that fit together, with the sampling settings the generator likes.
 
-    tokenizer: a discrete tokenizer (tokenizers_vis/base.py); model: a TokenModel with `vocabulary` (words or classes to
-    conditions), `null(condition)` and `check_order(order)`. The other arguments are defaults of a call, saved in
-    `model_index.json`.
+    tokenizer: see tokenizers_vis/base.py; model: a TokenModel with `vocabulary` (words or classes to conditions),
+    `null(condition)` and `check_order(order)`, and in its config either `codes` or, for continuous tokens, `channels`. The
+    other arguments are defaults of a call, saved in `model_index.json`; choice: a name of `samplers.choice.RECIPES`; substeps,
+    solver: of continuous tokens.
     """
 
     def __init__(
@@ -99,15 +104,22 @@ class VisualPipeline(DiffusionPipeline):
         guidance_scale: float = 3.0,
         guidance_schedule: str = "constant",
         guidance_power: float = 1.5,
+        guidance_start: float = 1.0,
+        choice: str = "plain",
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        substeps: str = "100",
+        solver: str = "ancestral",
     ):
         super().__init__()
-        vocabulary = tokenizer.spec.vocabulary
-        if vocabulary != model.config.codes:
+        channels = model.config.get("channels")
+        kind, wanted, found = "codes", model.config.get("codes"), tokenizer.spec.vocabulary
+        if channels is not None:
+            kind, wanted, found = "channels a token", channels, tokenizer.spec.channels
+        if found != wanted:
             raise VgenError(
-                f"the tokenizer has {vocabulary} codes, the generator was made for {model.config.codes}; use the tokenizer it was trained with"
+                f"the tokenizer has {found or 'no'} {kind}, the generator was made for {wanted}; use the tokenizer it was trained with"
             )
         self.register_modules(tokenizer=tokenizer, model=model)
         self.register_to_config(
@@ -116,9 +128,13 @@ class VisualPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
             guidance_power=guidance_power,
+            guidance_start=guidance_start,
+            choice=choice,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            substeps=substeps,
+            solver=solver,
         )
 
     @classmethod
@@ -169,20 +185,18 @@ class VisualPipeline(DiffusionPipeline):
                 f"the number of images and the batch size must be at least 1, got {num_images} and {batch_size}"
             )
         condition = self._condition(prompt, class_labels, num_images)
+        scale = _first(guidance_scale, self.config.guidance_scale)
         guidance = ClassifierFree(
-            _first(guidance_scale, self.config.guidance_scale),
+            scale,
             _first(guidance_schedule, self.config.guidance_schedule),
             self.config.guidance_power,
+            start=1.0 if scale == 1 else self.config.guidance_start,  # scale 1 is no guidance, wherever a ramp begins
         )
-        choice = TokenChoice(
-            _first(temperature, self.config.temperature),
-            _first(top_k, self.config.top_k),
-            _first(top_p, self.config.top_p),
-        )
+        choice = self._choice(temperature, top_k, top_p)
         order = self.make_order(order, steps, seed, order_options)
         self.model.check_order(order)
         known = self._known_tokens(init_image, mask)
-        stats, tokens = Stats(), []
+        stats, tokens, images = Stats(), [], []
         start = time.perf_counter()
         for begin in range(0, len(condition.mask), batch_size):
             samples = torch.arange(begin, min(begin + batch_size, len(condition.mask)))
@@ -195,7 +209,7 @@ class VisualPipeline(DiffusionPipeline):
                     callback(step, canvas)
             stats.add(state.counters, len(samples), len(samples) * grid_size(self.model.grid))
             tokens.append(canvas.values)
-        images = [image for part in tokens for image in self.decode_tokens(part)]
+            images += self.decode_tokens(canvas.values, part)
         stats.seconds = time.perf_counter() - start
         return VisualOutput(images=images, tokens=torch.cat(tokens), stats=stats)
 
@@ -210,6 +224,8 @@ class VisualPipeline(DiffusionPipeline):
         if steps is None and name == self.config.order:
             steps = self.config.steps
         kind, written = read_order(name)
+        if order is None and steps is not None and "steps" in written:  # what is asked for wins over the default's own
+            name, options, written = kind, {**written, "steps": steps, **options}, {}
         if steps is not None:
             options.setdefault("steps", steps)  # an order without this option says so
         if "seed" in ORDERS[kind].options and "seed" not in written:
@@ -217,9 +233,21 @@ class VisualPipeline(DiffusionPipeline):
         return make_order(name, self.model.grid, **options)
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: Tensor) -> list[Image.Image]:
-        """[B, N] codes -> B images."""
-        return to_images(self.tokenizer.decode(tokens.to(self.device), grid=self.model.grid))
+    def decode_tokens(self, tokens: Tensor, condition: Condition | None = None) -> list[Image.Image]:
+        """[B, N] codes or [B, N, C] latents -> B images. condition: what they were made for; text-aware decoders read it."""
+        caption = None if condition is None else condition.extras.get("decoder_text")
+        return to_images(self.tokenizer.decode(tokens.to(self.device), grid=self.model.grid, condition=caption))
+
+    def _choice(
+        self, temperature: float | None, top_k: int | None, top_p: float | None
+    ) -> TokenChoice | DiffusionChoice:
+        config = self.config
+        temperature = _first(temperature, config.temperature)
+        if self.model.config.get("channels") is None:
+            return token_choice(config.choice, temperature, _first(top_k, config.top_k), _first(top_p, config.top_p))
+        if top_k or top_p not in (None, 1.0):
+            raise VgenError("this model makes continuous tokens, which have no top-k or top-p; leave them out")
+        return DiffusionChoice(temperature, config.substeps, config.solver)
 
     def _condition(
         self, prompt: str | Sequence[str] | None, labels: int | Sequence[int] | None, repeat: int
@@ -248,6 +276,10 @@ class VisualPipeline(DiffusionPipeline):
             raise VgenError(
                 f"the init image is {image.size[0]}x{image.size[1]}, its mask {area.size[0]}x{area.size[1]}; make them the same size"
             )
+        if self.tokenizer.spec.sequence is not None:
+            raise VgenError(
+                "the tokens of a 1-D tokenizer are no places in the picture, so a mask says nothing about them; use a 2-D tokenizer"
+            )
         _, rows, columns = self.model.grid
         down = self.tokenizer.spec.downsample
         size = (columns * down[2], rows * down[1])
@@ -264,7 +296,7 @@ class VisualPipeline(DiffusionPipeline):
         return codes, stays.to(codes.device)
 
     def _canvas(self, samples: Tensor, known: tuple[Tensor, Tensor] | None) -> Canvas:
-        canvas = Canvas.blank(self.model.grid, samples, self.device)
+        canvas = Canvas.blank(self.model.grid, samples, self.device, self.model.config.get("channels"))
         if known is not None:
             codes, stays = known
             canvas.values[:, stays] = codes[stays]
