@@ -29,7 +29,11 @@ TOKENIZERS = {
 }
 
 # Tokenizers whose weights are in the package: name -> folder under vgen/assets/.
-SHIPPED = {"emoji-vq": "emoji/tokenizer"}
+SHIPPED = {
+    "emoji-vq": "emoji/tokenizer",
+    "emoji-titok": "tokenizers/emoji-titok",
+    "emoji-kl": "tokenizers/emoji-kl",
+}
 
 
 def shipped_tokenizer(name: str) -> ModelMixin:
