@@ -45,6 +45,10 @@ def arguments() -> argparse.Namespace:
         "--model", action="append", help="shipped, published or folder; repeatable (default: all shipped)"
     )
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument(
+        "--pictures", type=int, default=0, help="of every split, spread over it (default: all held-out ones)"
+    )
+    parser.add_argument("--steps", type=int, help="substeps of generative decoders (default: the tokenizer's)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--shown", type=int, default=10, help="pictures on the sheet")
     parser.add_argument("--out", type=Path, default=Path("docs/emoji_tokenizers"))
@@ -54,16 +58,18 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     held_out = load_pictures(args.data, "heldout", args.size)
+    held_out = held_out[spread(len(held_out), args.pictures or len(held_out))]
     train = load_pictures(args.data, "train", args.size)
     train = train[spread(len(train), len(held_out))]
     shown = spread(len(held_out), args.shown)
     rows, pictures, labels = [], to_images(held_out[shown]), ["original"] * args.shown
     runs = [run for name in args.model or SHIPPED for run in variants(name)]
     for name, tokenizer, kept in tqdm(runs, desc="tokenizers", unit="run"):
+        settings = {"steps": args.steps if isinstance(tokenizer, FlexTok) else None, "batch_size": args.batch_size}
         start = time.perf_counter()
-        result = joined(list(reconstruct_batches(tokenizer, held_out, kept, batch_size=args.batch_size)))
+        result = joined(list(reconstruct_batches(tokenizer, held_out, kept, **settings)))
         seconds = time.perf_counter() - start
-        known = joined(list(reconstruct_batches(tokenizer, train, kept, batch_size=args.batch_size)))
+        known = joined(list(reconstruct_batches(tokenizer, train, kept, **settings)))
         price = cost(tokenizer.spec, args.size, args.size, kept)
         rows.append(
             {
@@ -107,7 +113,7 @@ def variants(name: str) -> Iterator[tuple[str, ModelMixin, int | None]]:
 def report(args: argparse.Namespace, rows: list[dict], count: int) -> None:
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end, torch {torch.__version__}"
     lines = [
-        f"{count} held-out pictures of {args.size} px, and as many training pictures; fp32; machine: {machine}.",
+        f"{count} held-out pictures of {args.size} px, and as many training pictures; fp32; flow decoders with {args.steps or 'their own number of'} steps; machine: {machine}.",
         "",
         "| tokenizer | parameters | tokens | bits a picture | bits/pixel | raw / coded | held-out PSNR, dB | held-out SSIM | training PSNR, dB | images/s there and back |",
         "|---|---|---|---|---|---|---|---|---|---|",

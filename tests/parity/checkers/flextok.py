@@ -160,8 +160,9 @@ def check_flow(fixture: Fixture) -> None:
     for name, run in config["runs"].items():
         guidance = guidance_of(run)
         seen: dict[str, list[Tensor]] = {"states": [], "t": [], "v_cond": [], "v_uncond": []}
+        count = len(guidance.rows)
 
-        def spy(module, arguments, result, seen=seen, rows=len(guidance.rows)):
+        def spy(module, arguments, result, seen=seen, rows=count):
             x, time, _ = arguments
             seen["states"].append(x.chunk(rows)[0])
             seen["t"].append(time.chunk(rows)[0])

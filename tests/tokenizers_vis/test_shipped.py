@@ -1,0 +1,28 @@
+"""The tokenizers whose weights are in the package know emoji: a picture of the shipped generator survives the way there and back."""
+
+import pytest
+import torch
+
+from vgen.errors import VgenError
+from vgen.eval.reconstruction import reconstruct_batches
+from vgen.layers.pixels import to_pixels
+from vgen.pipelines.visual import VisualPipeline
+from vgen.tokenizers_vis.registry import SHIPPED, shipped_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    made = VisualPipeline.shipped("emoji")(["red heart", "soccer ball"], steps=8, seed=0).images
+    return torch.stack([to_pixels(image) for image in made])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_there_and_back(name, pixels):
+    (result,) = reconstruct_batches(shipped_tokenizer(name), pixels)
+    # Far above what a grey picture or another emoji gets (about 10 dB).
+    assert result.means()["psnr"] > 18
+
+
+def test_an_unknown_name_says_which_there_are():
+    with pytest.raises(VgenError, match="did you mean 'emoji-titok'"):
+        shipped_tokenizer("emoji-titik")
