@@ -60,7 +60,7 @@ def scatter(
         for x, y in spots:
             draw.ellipse((x - 5, y - 5, x + 5, y + 5), colour)
         x, y = spots[-1]
-        draw.text((x + 9, y), name, colour, font(14), anchor="lm")
+        draw.text((x - 4, y - 10), name, colour, font(14), anchor="rs")
     return page
 
 
