@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -62,3 +66,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(checkpoints, tmp_path, cap
         error = capsys.readouterr().err
         assert words in error and "Traceback" not in error
     assert not (tmp_path / "new").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    read, write = os.pipe()
+    os.close(read)  # gone before the first line
+    command = [sys.executable, "-m", "vgen.cli.main", "convert", "--list"]
+    process = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert b"Traceback" not in process.stderr.read()
+    assert process.wait() == 141
