@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +31,7 @@ from tqdm import tqdm
 
 from vgen.cli.sample import load_pipeline
 from vgen.eval.captions import CaptionTask, ordered_loss
+from vgen.eval.report import machine_line
 from vgen.files import atomic_path, write_json
 from vgen.pipelines.visual import VisualPipeline
 from vgen.samplers.orders import make_order
@@ -145,10 +144,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, pipe: VisualPipeline, rows: list[dict], samples: dict, task: CaptionTask) -> None:
-    machine = (
-        f"{pipe.device.type}, {platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end, "
-        f"torch {torch.__version__}"
-    )
+    machine = machine_line(pipe.device)
     lines = [
         f"{len(task.prompts)} training captions, guidance {pipe.config.guidance_scale}, temperature {pipe.config.temperature}, "
         f"seed 0, batches of {args.batch_size}; machine: {machine}.",

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from vgen.cli.sample import load_pipeline
 from vgen.eval.captions import CaptionTask, ordered_loss
+from vgen.eval.report import machine_line
 from vgen.files import atomic_path, write_json
 from vgen.samplers.orders import make_order
 from vgen.viz.curves import scatter
@@ -107,7 +105,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, pipe, rows: list[dict], samples: dict, prompts: list[str]) -> None:
-    machine = f"{pipe.device.type}, {platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end, torch {torch.__version__}"
+    machine = machine_line(pipe.device)
     lines = [
         f"{args.captions} training captions, guidance {args.guidance_scale or pipe.config.guidance_scale} "
         f"({pipe.config.guidance_schedule}), temperature {args.temperature or pipe.config.temperature}, seed 0; machine: {machine}.",

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from diffusers import ModelMixin
 from tqdm import tqdm
 
 from vgen.cli.reconstruct import load_pictures, load_tokenizer
 from vgen.eval.reconstruction import cost, joined, reconstruct_batches
+from vgen.eval.report import machine_line
 from vgen.files import atomic_path, write_json
 from vgen.layers.pixels import to_images
 from vgen.tokenizers_vis.flextok import FlexTok, token_counts
@@ -111,7 +109,7 @@ def variants(name: str) -> Iterator[tuple[str, ModelMixin, int | None]]:
 
 
 def report(args: argparse.Namespace, rows: list[dict], count: int) -> None:
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end, torch {torch.__version__}"
+    machine = machine_line()
     lines = [
         f"{count} held-out pictures of {args.size} px, and as many training pictures; fp32; flow decoders with {args.steps or 'their own number of'} steps; machine: {machine}.",
         "",

@@ -64,8 +64,8 @@ def find_tokenizer(folder: str | Path) -> Path:
     )
 
 
-def open_tokenizer(folder: str | Path) -> ModelMixin:
-    """The frozen tokenizer saved in `folder` (see `find_tokenizer`), of whatever family, in evaluation mode."""
+def saved_class(folder: str | Path) -> Any:
+    """The class of the tokenizer saved in `folder` (see `find_tokenizer`); no weights are read."""
     folder = find_tokenizer(folder)
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     families = {name: family for family, (_, name) in TOKENIZERS.items()}
@@ -73,4 +73,10 @@ def open_tokenizer(folder: str | Path) -> ModelMixin:
         raise VgenError(
             f"{folder} holds a {kind}, expected a tokenizer ({', '.join(families)}); name the folder of a tokenizer"
         )
-    return tokenizer_class(families[kind]).from_pretrained(folder).eval().requires_grad_(False)
+    return tokenizer_class(families[kind])
+
+
+def open_tokenizer(folder: str | Path) -> ModelMixin:
+    """The frozen tokenizer saved in `folder` (see `find_tokenizer`), of whatever family, in evaluation mode."""
+    folder = find_tokenizer(folder)
+    return saved_class(folder).from_pretrained(folder).eval().requires_grad_(False)

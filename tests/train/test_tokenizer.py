@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 
 from vgen.errors import VgenError
-from vgen.samplers.types import Condition
+from vgen.models.clip_text import ClipFeatures
 from vgen.tokenizers_vis.registry import open_tokenizer
 from vgen.tokenizers_vis.vq import VQModel
 from vgen.train import pictures as pictures_module
@@ -261,7 +261,7 @@ def test_text_aware_tokenizers_train_on_captions(monkeypatch, config_of_other):
             asked.append(list(captions))
             lengths = torch.tensor([float(len(caption)) for caption in captions])
             features = lengths[:, None, None].expand(-1, 3, 7)
-            return Condition(torch.empty(len(captions), 0), torch.empty(len(captions), 0), {"guidance": features})
+            return ClipFeatures(text=-features, pooled=-features[:, 0], final=features).condition()
 
     asked = []
     monkeypatch.setattr(pictures_module, "_text_encoder", lambda config, device: Captions())

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 
 from vgen.models.dar import DARModel
 from vgen.samplers.types import Grid
-from vgen.tokenizers_vis.registry import open_tokenizer
+from vgen.tokenizers_vis.registry import find_tokenizer, saved_class
 from vgen.train.config import require, require_share
 from vgen.train.generator import GeneratorConfig, GeneratorSystem, check_generator, model_options
 
@@ -42,11 +42,10 @@ class DARSystem(GeneratorSystem):
     @classmethod
     def make_model(cls, config: Config, grid: Grid, codes: int, conditions: int) -> DARModel:
         """See `GeneratorSystem.make_model`."""
-        channels = open_tokenizer(config.data.tokenizer).code_vectors(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
         options: dict[str, Any] = model_options(DARModel.size_config(config.model.size), config.model)
         return DARModel(
             codes=codes,
-            code_channels=channels,
+            code_channels=_code_channels(config.data.tokenizer),
             grid=grid,
             conditioning=config.condition.kind,
             classes=conditions,
@@ -58,6 +57,14 @@ class DARSystem(GeneratorSystem):
         """Takes over the code vectors (normalised, where the tokenizer decodes normalised ones)."""
         codes = torch.arange(model.config.codes, device=self.device)
         model.load_codebook(self.tokenizer.code_vectors(codes[None])[0].cpu())
+
+
+def _code_channels(folder: str) -> int:
+    """Width of a saved tokenizer's code vectors, from its config: the weights are not needed for that."""
+    folder, kind = find_tokenizer(folder), saved_class(folder)
+    with torch.device("meta"):
+        tokenizer = kind.from_config(kind.load_config(folder))
+        return tokenizer.code_vectors(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
 
 
 def check(config: Config) -> None:

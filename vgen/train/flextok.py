@@ -14,8 +14,6 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from vgen.data.batches import batches
-from vgen.data.dataset import open_images
-from vgen.data.images import Augment
 from vgen.samplers.flow import FlowGuidance, mode_times
 from vgen.tokenizers_vis.base import to_uint8
 from vgen.tokenizers_vis.flextok import FlexTok, token_counts
@@ -31,7 +29,7 @@ from vgen.train.config import (
     require_share,
 )
 from vgen.train.metrics import psnr
-from vgen.train.pictures import DataConfig, check_data
+from vgen.train.pictures import DataConfig, check_data, open_pictures
 from vgen.train.seeds import derived_seed
 from vgen.train.system import Loss, autocast, spread, to_dtype
 from vgen.viz.strips import token_strip
@@ -161,12 +159,8 @@ class FlexTokSystem:
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        data, loss = config.data, config.loss
-        augment = Augment(min_scale=data.min_scale, flip=data.flip)
-        self.train_images = open_images(
-            data.path, data.train_split, data.size, augment, seed=config.seed, cache=data.cache
-        )
-        self.held_out = open_images(data.path, data.held_out_split, data.size, cache=data.cache)
+        loss = config.loss
+        self.train_images, self.held_out = open_pictures(config.data, config.seed)
         self.vae = None if config.model.vae is None else open_vae(config).to(device)
         self.model = make_model(config, self.vae)
         self.teacher = None

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from vgen.samplers.types import grid_size
 from vgen.tokenizers_vis.losses import Regularised, WeightedKL
+from vgen.tokenizers_vis.posterior import DiagonalGaussian
 from vgen.train.system import autocast
 
 ACTIVE = 0.01  # variance over pictures from which on a latent number says something (arXiv 1509.00519, section 5.2)
@@ -128,7 +129,7 @@ class Gaussians:
     def figures(self, records: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Nats a picture, mean and standard deviation of the latents, and the share of their numbers that carry something."""
         means, log_variances = (torch.cat(parts).flatten(1) for parts in zip(*records))
-        nats = 0.5 * (means.square() + log_variances.exp() - 1 - log_variances).sum(dim=1).mean()
+        nats = DiagonalGaussian(means, log_variances).kl().mean()
         mean, std = _moments(means, log_variances)
         active = (means.var(dim=0) > ACTIVE).float().mean()
         values = {"kl_nats": nats, "latent_mean": mean, "latent_std": std, "latent_active": active}

@@ -75,6 +75,13 @@ def check_data(data: DataConfig) -> None:
     require_not_negative(data, "workers", prefix="data.")
 
 
+def open_pictures(data: DataConfig, seed: int) -> tuple[ImageDataset, ImageDataset]:
+    """The training pictures, augmented, and the held-out ones, plain."""
+    augment = Augment(min_scale=data.min_scale, flip=data.flip)
+    train = open_images(data.path, data.train_split, data.size, augment, seed=seed, cache=data.cache)
+    return train, open_images(data.path, data.held_out_split, data.size, cache=data.cache)
+
+
 def check_pictures(config: PictureConfig, families: Sequence[str]) -> None:
     """Raises VgenError for data and model settings that cannot work, before pictures or weights are loaded."""
     check_data(config.data)
@@ -118,12 +125,7 @@ class PictureSystem:
     def __init__(self, config: PictureConfig, device: torch.device, model: ModelMixin):
         self.config, self.device, self.model = config, device, model
         self.latent = latent_kind(config, model)
-        data = config.data
-        augment = Augment(min_scale=data.min_scale, flip=data.flip)
-        self.train_images = open_images(
-            data.path, data.train_split, data.size, augment, seed=config.seed, cache=data.cache
-        )
-        self.held_out = open_images(data.path, data.held_out_split, data.size, cache=data.cache)
+        self.train_images, self.held_out = open_pictures(config.data, config.seed)
         self.captions = _text_encoder(config, device) if getattr(model.config, "text_tokens", 0) else None
 
     def batches(self, start: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
@@ -133,7 +135,7 @@ class PictureSystem:
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The argument `condition` of a text-aware tokenizer, nothing for the others."""
-        return {} if self.captions is None else {"condition": self.captions.captions(captions).extras["guidance"]}
+        return {} if self.captions is None else {"condition": self.captions.captions(captions).extras["decoder_text"]}
 
     def preview(self, step: int) -> Image.Image:
         """Eight held-out pictures over their reconstructions, and eight training pictures over theirs."""
