@@ -14,6 +14,30 @@ SCORES = ("log_prob", "logit")
 
 
 @dataclass(frozen=True)
+class SamplingSettings:
+    """What users set, whatever the model: each kind of choice takes what it knows (`of`) and refuses the rest.
+
+    recipe: of RECIPES; substeps: of continuous tokens, a count or a spacing; solver: their solver; shift: of flow times;
+    low_substeps: of the first phase where a model has two (Hi-MAR); clip: of diffusion. None: the default of the kind.
+    """
+
+    recipe: str = "plain"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    substeps: int | str | None = None
+    solver: str | None = None
+    shift: float = 1.0
+    low_substeps: int | str | None = None
+    clip: float | None = None
+
+    def check_continuous(self) -> None:
+        """Raises VgenError for filters of codes."""
+        if self.top_k or self.top_p != 1.0:
+            raise VgenError("this model makes continuous tokens, which have no top-k or top-p; leave them out")
+
+
+@dataclass(frozen=True)
 class Ramp:
     """A setting that moves in a straight line from `start` to `end` over the calls of a run.
 
@@ -59,6 +83,15 @@ class TokenChoice:
         if self.score not in SCORES:
             raise VgenError(f"the score is one of {', '.join(SCORES)}, got {self.score!r}")
 
+    @classmethod
+    def of(cls, settings: SamplingSettings) -> TokenChoice:
+        """The recipe at the temperature, with the filters. Raises VgenError for substeps: a code is drawn at once."""
+        if (settings.substeps, settings.solver, settings.clip) != (None,) * 3 or settings.shift != 1.0:
+            raise VgenError(
+                "this model draws codes, at once; leave out substeps, solver, shift and clip, they are for continuous tokens"
+            )
+        return token_choice(settings.recipe, settings.temperature, settings.top_k, settings.top_p)
+
     def at(self, step: Step) -> TokenChoice:
         """The settings of one call, ramps replaced by their values."""
         return replace(
@@ -93,14 +126,81 @@ class DiffusionChoice:
 
     temperature: factor of the noise that is added in every substep (not of the initial noise). substeps: which of the
     training's timesteps are used, as in `GaussianDiffusion.respaced` ("100", "ddim50", …). solver: a name of `SOLVERS`.
+    clip: bound of the estimated tokens in every substep, in standard deviations of the latents. None: no bound, as MAR,
+    MaskGen-KL and Hi-MAR were published; small networks need one (5 or so), or their errors at the noisy end blow up.
     """
 
     temperature: float = 1.0
     substeps: str = "100"
     solver: str = "ancestral"
+    clip: float | None = None
 
     def __post_init__(self):
         _check(self.temperature, lambda t: 0 <= t < math.inf, "temperature of the diffusion noise must be at least 0")
+        if self.clip is not None and not self.clip > 0:
+            raise VgenError(f"estimated tokens are clipped at a positive bound such as 5, got {self.clip}")
+
+    @classmethod
+    def of(cls, settings: SamplingSettings) -> DiffusionChoice:
+        """Temperature, spacing, solver and bound."""
+        settings.check_continuous()
+        if settings.shift != 1.0:
+            raise VgenError("this model denoises by diffusion; a time shift is for flows, leave it out")
+        substeps = settings.substeps and str(settings.substeps)
+        given = {"substeps": substeps, "solver": settings.solver, "clip": settings.clip}
+        return cls(settings.temperature, **{name: value for name, value in given.items() if value is not None})
+
+    def at(self, step: Step) -> DiffusionChoice:
+        """The settings of one call: always the same."""
+        return self
+
+
+@dataclass(frozen=True)
+class FlowChoice:
+    """How a continuous token is made by a flow (`vgen.samplers.flow`).
+
+    temperature: factor of the initial noise; substeps: calls of the velocity; solver: a name of `FLOW_SOLVERS`; shift: above 1
+    spends more substeps near the noise (`shifted_times`; 1: even ones).
+    """
+
+    temperature: float = 1.0
+    substeps: int = 50
+    solver: str = "euler"
+    shift: float = 1.0
+
+    def __post_init__(self):
+        _check(self.temperature, lambda t: 0 <= t < math.inf, "temperature of the initial noise must be at least 0")
+        _check(self.shift, lambda a: 0 < a < math.inf, "time shift must be above 0 (1: none)")
+        if self.substeps < 1:
+            raise VgenError(f"a flow needs at least 1 substep, got {self.substeps}")
+
+    @classmethod
+    def of(cls, settings: SamplingSettings) -> FlowChoice:
+        """Temperature, number of substeps, solver and shift."""
+        settings.check_continuous()
+        if settings.clip is not None:
+            raise VgenError("this model follows a flow; a bound (clip) is for diffusion, leave it out")
+        if settings.low_substeps is not None:
+            raise VgenError("this model has the same number of substeps for all tokens; leave out low_substeps")
+        if not isinstance(settings.substeps or 1, int):
+            raise VgenError(f"the substeps of a flow are a number such as 50, got {settings.substeps!r}")
+        given = {"substeps": settings.substeps, "solver": settings.solver}
+        return cls(
+            settings.temperature,
+            shift=settings.shift,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+
+@dataclass(frozen=True)
+class PhaseChoice:
+    """Settings of its own for every phase, the last ones for later phases (Hi-MAR: 100 substeps, then 250)."""
+
+    phases: tuple[TokenChoice | DiffusionChoice, ...]
+
+    def at(self, step: Step) -> TokenChoice | DiffusionChoice:
+        """The settings of one call."""
+        return self.phases[min(step.phase, len(self.phases) - 1)].at(step)
 
 
 def _at(setting: Setting, step: Step) -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from vgen.samplers.types import Canvas, Guidance, Noise, Order, State, Step, TokenModel
 
 
+@torch.no_grad()  # also what a Prediction draws: the graph of a few hundred substeps a call would fill the memory
 def decode(
     model: TokenModel, state: State, canvas: Canvas, order: Order, guidance: Guidance, choice: Any, noise: Noise
 ) -> Iterator[tuple[Step, Canvas]]:

@@ -47,10 +47,11 @@ class GaussianDiffusion:
     """The process q(x_t | x_0) = N(sqrt(abar_t) x_0, 1 - abar_t) and its posteriors q(x_{t-1} | x_t, x_0), as tables.
 
     betas: T noise variances; timesteps: T numbers that the network is told (those of the training process, also after
-    respacing). `tables` holds fp64 CPU tensors [T] (arXiv 2006.11239, equations 4 to 7, in the names of the papers).
+    respacing); clip: estimates of x_0 are kept within ± clip. `tables` holds fp64 CPU tensors [T] (arXiv 2006.11239, equations 4 to 7, in the names of the papers).
     """
 
-    def __init__(self, betas: Sequence[float], timesteps: Sequence[int] | None = None):
+    def __init__(self, betas: Sequence[float], timesteps: Sequence[int] | None = None, clip: float | None = None):
+        self.clip = clip
         self.timesteps = list(range(len(betas)) if timesteps is None else timesteps)
         beta = torch.tensor(betas, dtype=torch.float64, device="cpu")  # also when the model is built on the meta device
         alpha, alpha_bar = 1 - beta, torch.cumprod(1 - beta, dim=0)
@@ -75,7 +76,7 @@ class GaussianDiffusion:
             "fixed_large_log_variance": torch.cat((second, beta[1:])).log(),
         }
         self._casts: dict[torch.device, dict[str, Tensor]] = {}
-        self._respaced: dict[str, GaussianDiffusion] = {}
+        self._respaced: dict[tuple[str, float | None], GaussianDiffusion] = {}
 
     @classmethod
     def named(cls, schedule: str = "cosine", steps: int = TRAIN_STEPS) -> GaussianDiffusion:
@@ -95,27 +96,35 @@ class GaussianDiffusion:
             self._casts[device] = {name: table.to(device, torch.float32) for name, table in self.tables.items()}
         return self._casts[device]
 
-    def respaced(self, spacing: str) -> GaussianDiffusion:
-        """The process over some of the timesteps, named as in `spaced_timesteps`; '' keeps all."""
-        if not spacing:
+    def respaced(self, spacing: str, clip: float | None = None) -> GaussianDiffusion:
+        """The process over some of the timesteps, named as in `spaced_timesteps` ('': all of them), that clips x_0 at ± clip."""
+        key = (spacing or str(len(self)), clip)
+        if not spacing and clip is None:
             return self
-        if spacing not in self._respaced:
+        if key not in self._respaced:
+            spacing = key[0]
             kept = spaced_timesteps(spacing, len(self))
             alpha_bar = self.tables["alpha_bar"][kept]
             before = torch.cat((torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]))
             betas = (1 - alpha_bar / before).tolist()
-            self._respaced[spacing] = GaussianDiffusion(betas, [self.timesteps[i] for i in kept])
-        return self._respaced[spacing]
+            self._respaced[key] = GaussianDiffusion(betas, [self.timesteps[i] for i in kept], clip)
+        return self._respaced[key]
 
-    def noised(self, x0: Tensor, index: Tensor, noise: Tensor) -> Tensor:
-        """A draw of q(x_t | x_0): x0, noise [n, C], index [n] int64 -> [n, C]."""
+    def noised(self, x0: Tensor, index: int | Tensor, noise: Tensor) -> Tensor:
+        """A draw of q(x_t | x_0): x0, noise [n, ...], index [n] int64, or one for all -> [n, ...]."""
         table = self.on(x0.device)
-        return table["signal"][index, None] * x0 + table["noise"][index, None] * noise
+        if isinstance(index, Tensor):
+            index = index.view(-1, *(1,) * (x0.dim() - 1))
+        return table["signal"][index] * x0 + table["noise"][index] * noise
 
     def clean(self, x: Tensor, index: int | Tensor, noise: Tensor) -> Tensor:
-        """x_0 from x_t [n, C] and the noise in it. index: int, or [n, 1]. Not clipped."""
+        """x_0 from x_t [n, C] and the noise in it. index: int, or [n, 1]. Not clipped unless the process says so.
+
+        At the noisy end x_0 is a difference of large numbers, 20,000 times as wrong as the noise: small networks need `clip`.
+        """
         table = self.on(x.device)
-        return table["x0_of_x"][index] * x - table["x0_of_noise"][index] * noise
+        x0 = table["x0_of_x"][index] * x - table["x0_of_noise"][index] * noise
+        return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
     def posterior_mean(self, x0: Tensor, x: Tensor, index: int | Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) [n, C]. index: int, or [n, 1]."""
@@ -168,10 +177,15 @@ def spaced_timesteps(spacing: str, steps: int = TRAIN_STEPS) -> list[int]:
 
 # (x_t [n, C], timesteps [n]) -> noise [n, C], and where its variance lies in its range [n, C] (None: fixed)
 Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+Given = Callable[[Tensor, int], Tensor]  # (x, index of the substep) -> x
 
 
 class Solver(Protocol):
-    """From noise to tokens. normal(k): N(0, 1) noise like x for the substep of index k of the process."""
+    """From noise to tokens. normal(k): N(0, 1) noise like x for the substep of index k of the process.
+
+    given(x, k): puts what is known already (at the noise level of k) into x, before every substep; its place in the result
+    means nothing.
+    """
 
     def __call__(
         self,
@@ -180,15 +194,22 @@ class Solver(Protocol):
         x: Tensor,
         normal: Callable[[int], Tensor],
         temperature: float,
+        given: Given | None = None,
     ) -> Tensor:
-        """x: N(0, 1) [n, C], fp32 -> tokens [n, C]."""
+        """x: N(0, 1) [n, C] (or [n, L, C]), fp32 -> tokens of its shape."""
 
 
 def ancestral(
-    denoise: Denoise, process: GaussianDiffusion, x: Tensor, normal: Callable[[int], Tensor], temperature: float = 1.0
+    denoise: Denoise,
+    process: GaussianDiffusion,
+    x: Tensor,
+    normal: Callable[[int], Tensor],
+    temperature: float = 1.0,
+    given: Given | None = None,
 ) -> Tensor:
     """arXiv 2006.11239, algorithm 2. temperature: factor of the noise of every substep; the last one (k = 0) adds none."""
     for k in reversed(range(len(process))):
+        x = x if given is None else given(x, k)
         noise, spread = denoise(x, _timesteps(process, k, x))
         mean = process.posterior_mean(process.clean(x, k, noise), x, k)
         if k == 0:
@@ -198,11 +219,17 @@ def ancestral(
 
 
 def ddim(
-    denoise: Denoise, process: GaussianDiffusion, x: Tensor, normal: Callable[[int], Tensor], temperature: float = 1.0
+    denoise: Denoise,
+    process: GaussianDiffusion,
+    x: Tensor,
+    normal: Callable[[int], Tensor],
+    temperature: float = 1.0,
+    given: Given | None = None,
 ) -> Tensor:
     """Deterministic: arXiv 2010.02502, equation 12 with sigma 0. `normal` and `temperature` have no effect."""
     table = process.on(x.device)
     for k in reversed(range(len(process))):
+        x = x if given is None else given(x, k)
         noise, _ = denoise(x, _timesteps(process, k, x))
         before = table["alpha_bar_before"][k]
         x = before.sqrt() * process.clean(x, k, noise) + (1 - before).sqrt() * noise

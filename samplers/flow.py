@@ -11,11 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vgen.errors import VgenError
+from vgen.errors import VgenError, nearest
+
+SDE_END = 0.04  # time of the last noisy state of `sde`
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x, t) -> dx/dt, of x's shape
 Mix = Callable[
@@ -30,6 +33,11 @@ def even_times(steps: int) -> list[float]:
     return [i / steps for i in range(steps, -1, -1)]
 
 
+def shifted_times(times: Sequence[float], shift: float) -> list[float]:
+    """a t / (1 + (a - 1) t) for every t (SD3, arXiv 2403.03206, equation 23): a > 1 moves times towards the noise."""
+    return [shift * t / (1.0 + (shift - 1.0) * t) for t in times]
+
+
 def euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     """x at the last of `times`, from x at the first: x ← x + (t' - t) · velocity(x, t), in the dtype of x.
 
@@ -38,6 +46,53 @@ def euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     for now, then in pairwise(times):
         x = x + (then - now) * velocity(x, now).to(x.dtype)
     return x
+
+
+class FlowSolver(Protocol):
+    """From noise to data. normal(k): N(0, 1) noise like x, for the substep of index k; deterministic solvers ask for none."""
+
+    def __call__(
+        self, velocity: Velocity, x: Tensor, substeps: int, shift: float, normal: Callable[[int], Tensor]
+    ) -> Tensor:
+        """x: the initial noise, fp32 -> data of its shape, fp32."""
+
+
+def euler_steps(velocity: Velocity, x: Tensor, substeps: int, shift: float, normal: Callable[[int], Tensor]) -> Tensor:
+    """`euler` over even, shifted times."""
+    return euler(velocity, x, shifted_times(even_times(substeps), shift))
+
+
+def sde_times(steps: int) -> list[float]:
+    """S evenly spaced times from 1 to `SDE_END`, then 0."""
+    return [*torch.linspace(1.0, SDE_END, steps, dtype=torch.float64).tolist(), 0.0]
+
+
+def sde(velocity: Velocity, x: Tensor, substeps: int, shift: float, normal: Callable[[int], Tensor]) -> Tensor:
+    """Euler-Maruyama on the reverse SDE that has the flow's marginals (SiT, arXiv 2401.08740, section 2), with w(t) = 2 t (xAR).
+
+    dx = (v - w/2 · score) dt + sqrt(w) dW, where score = (-(1 - t) v - x) / t: the drift is (2 - t) v + x. It is linear in v, so
+    guided velocities give the guided drift. The last substep, from `SDE_END` to 0, adds no noise. The state is float64, the
+    velocity sees fp32. Raises VgenError below 3 substeps.
+    """
+    if substeps < 3:
+        raise VgenError(f"the solver sde needs at least 3 substeps, got {substeps}; take more, or the solver euler")
+    x = x.double()
+    for index, (now, then) in enumerate(pairwise(shifted_times(sde_times(substeps), shift))):
+        drift = (2.0 - now) * velocity(x.float(), now).double() + x
+        x = x + (then - now) * drift
+        if then > 0:
+            x = x + math.sqrt(2.0 * now * (now - then)) * normal(index)
+    return x.float()
+
+
+FLOW_SOLVERS: dict[str, FlowSolver] = {"euler": euler_steps, "sde": sde}
+
+
+def flow_solver(name: str) -> FlowSolver:
+    """The solver of a name in FLOW_SOLVERS."""
+    if name not in FLOW_SOLVERS:
+        raise VgenError(f"a flow solver is {' or '.join(FLOW_SOLVERS)}, got {name!r}{nearest(name, FLOW_SOLVERS)}")
+    return FLOW_SOLVERS[name]
 
 
 # ---- guidance of velocities ------------------------------------------------------------------------------------------
@@ -121,7 +176,25 @@ def mode_times(uniform: Tensor, scale: float) -> Tensor:
     return 1.0 - uniform - scale * (torch.cos(math.pi / 2 * uniform).square() - 1.0 + uniform)
 
 
+def logit_normal_times(normal: Tensor) -> Tensor:
+    """Times in (0, 1) from N(0, 1) draws, fp32: their sigmoids (SD3, arXiv 2403.03206, section 3.1, m = 0 and s = 1)."""
+    return normal.sigmoid().float()
+
+
+def spread_draws(uniform: Tensor) -> Tensor:
+    """U(0, 1) draws [B] -> one draw in each of B equal parts of [0, 1): a batch then covers all times evenly."""
+    return (torch.arange(len(uniform), device=uniform.device) + uniform) / len(uniform)
+
+
+# How training draws its times: name -> times from U(0, 1) draws [B] and a scale, which `mode` alone has.
+TIMES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "mode": mode_times,
+    "logit-normal": lambda uniform, scale: logit_normal_times(torch.special.ndtri(uniform)),
+    "logit-normal-spread": lambda uniform, scale: logit_normal_times(torch.special.ndtri(spread_draws(uniform))),
+}
+
+
 def noisy(data: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-    """x_t = t · noise + (1 - t) · data for times [B]."""
-    t = times.view(-1, *(1,) * (data.dim() - 1))
+    """x_t = t · noise + (1 - t) · data for times [B], or times of the first dimensions of data, such as [B, N]."""
+    t = times.view(*times.shape, *(1,) * (data.dim() - times.dim()))
     return t * noise + (1.0 - t) * data

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vgen.errors import VgenError, nearest
+from vgen.samplers.flow import weighted_sum
 from vgen.samplers.types import Step
 
 # (step, power) -> share of the way from `start` to `scale`
@@ -44,6 +45,8 @@ SCHEDULES: dict[str, Schedule] = {
     "step-linear-before": lambda step, power: step.index / step.total,
     "step-power-cosine": lambda step, power: _raised_cosine((step.index / step.total) ** power),
     "step-linear": lambda step, power: step.progress,
+    # xAR: from the first call, which is not guided, to the last one, which is fully; a single call is fully guided.
+    "step-linear-ends": lambda step, power: step.index / (step.total - 1) if step.total > 1 else 1.0,
     "step-cosine": lambda step, power: _raised_cosine(step.progress**power),
     # From 1/2 down to -1/2 (not from 1 to 0), as released.
     "step-flipped-cosine": lambda step, power: 0.5 * math.cos(math.pi * step.progress**power),
@@ -98,3 +101,72 @@ class ClassifierFree:
     def mix(self, parts: Tensor, weights: Sequence[float]) -> Tensor:
         """Weighted sum of [R, ...] in fp32."""
         return torch.einsum("r...,r->...", parts.float(), torch.tensor(weights, device=parts.device))
+
+
+@dataclass(frozen=True)
+class PhaseGuidance:
+    """A guidance of its own for every phase, the last one for later phases (Hi-MAR: `re_cfg`, then `cfg`).
+
+    Its rows are those of the phase that has most. Where a phase has fewer, the others weigh 0.
+    """
+
+    phases: tuple[ClassifierFree, ...]
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the conditions a model must run."""
+        return max((phase.rows for phase in self.phases), key=len)
+
+    def weights(self, step: Step) -> tuple[float, ...]:
+        """Those of the step's phase, and zeros."""
+        weights = self.phases[min(step.phase, len(self.phases) - 1)].weights(step)
+        return weights + (0.0,) * (len(self.rows) - len(weights))
+
+    def mix(self, parts: Tensor, weights: Sequence[float]) -> Tensor:
+        """Weighted sum of [R, ...] in fp32."""
+        return self.phases[0].mix(parts, weights)
+
+
+@dataclass(frozen=True)
+class TextImageGuidance:
+    """Guidance by a text and by a picture that is kept: n + image (i - n) + text (c - i) for the rows cond, null and image (a
+    condition without its text). Source: InstructPix2Pix, arXiv 2211.09800, equation 3.
+
+    text, image: scales of at least 1. image_row: False without an input picture: n + text (c - n). renorm: what is mixed gets at most the
+    conditional row's norm over the channels (the "channel" renorm of Ming-UniVision).
+    """
+
+    text: float = 3.0
+    image: float = 1.1
+    image_row: bool = False
+    renorm: bool = False
+
+    def __post_init__(self):
+        for name, scale in (("text", self.text), ("image", self.image)):
+            if not (math.isfinite(scale) and scale >= 1):
+                raise VgenError(
+                    f"the {name} guidance must be a finite number of at least 1 (1: no guidance), got {scale}"
+                )
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the conditions a model must run."""
+        if self.text == 1 and (self.image == 1 or not self.image_row):
+            return ("cond",)
+        return ("cond", "null", "image") if self.image_row else ("cond", "null")
+
+    def weights(self, step: Step) -> tuple[float, ...]:
+        """One weight per row, the same in every step."""
+        if self.rows == ("cond",):
+            return (1.0,)
+        if not self.image_row:
+            return (self.text, 1.0 - self.text)
+        return (self.text, 1.0 - self.image, self.image - self.text)
+
+    def mix(self, parts: Tensor, weights: Sequence[float]) -> Tensor:
+        """Weighted sum of [R, ..., C] in fp32, shortened where `renorm` says so."""
+        mixed = weighted_sum(parts, weights)
+        if not self.renorm:
+            return mixed
+        length, limit = (x.norm(dim=-1, keepdim=True) for x in (mixed, parts[0].float()))
+        return mixed * (limit / length + 1e-8).clamp(max=1.0)

@@ -19,6 +19,7 @@ from vgen.samplers.types import Step
 
 TOKENS, CONFIDENCE, START, ACCEPT, RESAMPLE = range(5)  # streams: independent numbers for the same position and step
 DIFFUSION = 1 << 16  # the initial noise of a diffusion; its substep k has the stream DIFFUSION + 1 + k
+CHANNELS = 1 << 24  # tokens of several channels: the one that is drawn k-th has the stream CHANNELS + k
 
 
 @dataclass(frozen=True)

@@ -101,23 +101,40 @@ class Canvas:
 
     @classmethod
     def blank(
-        cls, grid: Grid, samples: int | Tensor, device: torch.device | str = "cpu", channels: int | None = None
+        cls,
+        grid: Grid | Sequence[Grid],
+        samples: int | Tensor,
+        device: torch.device | str = "cpu",
+        channels: int | None = None,
+        codes: bool | None = None,
     ) -> Canvas:
-        """An empty canvas: zeros [B, N] int64, or [B, N, channels] float32. samples: B, or the [B] global sample indices."""
+        """An empty canvas of zeros, [B, N] or [B, N, channels]. samples: B, or the [B] global sample indices.
+
+        grid: one, or those of several levels; codes: int64 instead of float32; None: where there are no channels.
+        """
         samples = torch.arange(samples) if isinstance(samples, int) else samples
-        shape = (len(samples), grid_size(grid)) if channels is None else (len(samples), grid_size(grid), channels)
-        dtype = torch.long if channels is None else torch.float32
-        return cls((grid,), torch.zeros(shape, dtype=dtype, device=device), samples=samples)
+        levels = (grid,) if isinstance(grid[0], int) else tuple(grid)
+        length = sum(map(grid_size, levels))
+        shape = (len(samples), length) if channels is None else (len(samples), length, channels)
+        codes = channels is None if codes is None else codes
+        dtype = torch.long if codes else torch.float32
+        return cls(levels, torch.zeros(shape, dtype=dtype, device=device), samples=samples)
 
     @property
     def grid(self) -> Grid:
-        """The grid of a canvas with one level."""
+        """The grid of a canvas with one level, the finest of several."""
         return self.levels[-1]
 
     @property
     def batch(self) -> int:
         """Number of samples B."""
         return self.values.shape[0]
+
+    def part(self, level: int) -> Canvas:
+        """The canvas of one level: views, so that it shows what the loop writes here."""
+        first = sum(map(grid_size, self.levels[:level]))
+        places = slice(first, first + grid_size(self.levels[level]))
+        return Canvas((self.levels[level],), self.values[:, places], self.known[:, places], self.samples)
 
     def unknown_count(self) -> int:
         """Unknown positions per sample; every sample must have equally many (one synchronisation, before the loop)."""

@@ -57,6 +57,18 @@ def test_the_caller_may_prefer_another_entry(tmp_path):
     assert read_state_dict(tmp_path / "a.pt", prefer=("model",)).keys() == {"weight"}
 
 
+def test_an_average_of_the_parameters_lies_over_the_other_tensors(tmp_path):
+    whole = {**STATE, "table": torch.ones(3)}
+    torch.save({"model": whole, "model_ema": {"bias": torch.full((2,), 5.0)}}, tmp_path / "a.pt")
+    found = read_state_dict(tmp_path / "a.pt", ("model",), overlay="model_ema")
+    assert found.keys() == whole.keys() and found["bias"].tolist() == [5, 5]
+    torch.save(STATE, tmp_path / "flat.pt")
+    assert read_state_dict(tmp_path / "flat.pt", ("model",), overlay="model_ema").keys() == STATE.keys()
+    torch.save({"model": whole}, tmp_path / "b.pt")
+    with pytest.raises(VgenError, match="under model_ema"):
+        read_state_dict(tmp_path / "b.pt", ("model",), overlay="model_ema")
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, zipped):
     torch.save({"model": STATE, "extra": Hostile()}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vgen.errors import VgenError
 from vgen.samplers.types import Grid, grid_size
+from vgen.tokenizers_vis.posterior import DiagonalGaussian
 
 
 @dataclass(frozen=True)
@@ -115,25 +116,37 @@ class LatentTokenizer:
 
     A subclass has `spec`, `config.scale` (latents times it have a standard deviation of about 1) and these two, on unscaled
     latent maps: posterior(pixels [B, 3, H, W]) -> DiagonalGaussian over [B, C, h, w]; reconstruct(latents [B, C, h, w]) ->
-    pixels [B, 3, H, W].
+    pixels [B, 3, H, W]. packing: latents per side that make one token (1: every latent is a token).
     """
+
+    packing: int = 1
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] or [B, 3, T, H, W] in [-1, 1] -> scaled latents [B, N, C], raster order.
 
         noise: N(0, 1) of the result's shape, for a sample of the posterior. None: its mode.
         """
-        frames = pixels.shape[2] if pixels.dim() == 5 else 1
-        grid = self.spec.grid(*pixels.shape[-2:], frames)
+        posterior, grid = self._posterior(pixels)
         if noise is not None:
             shape = (pixels.shape[0], grid_size(grid), self.spec.channels)
             if noise.shape != shape:
                 raise VgenError(f"noise must have the shape of the latents, {list(shape)}, got {list(noise.shape)}")
-            noise = to_maps(noise, grid)
-        if pixels.dim() == 5:
-            pixels = rearrange(pixels, "b c t h w -> (b t) c h w")
-        latents = self.posterior(pixels).sample(noise) * self.config.scale
-        return rearrange(latents, "(b t) c h w -> b (t h w) c", t=frames)
+            noise = to_maps(noise, grid, self.packing)
+        return self._tokens(posterior.sample(noise), grid)
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents of a batch, [B, N, C] each: what is cached for training."""
+        posterior, grid = self._posterior(pixels)
+        return self._tokens(posterior.mean, grid), self._tokens((0.5 * posterior.log_variance).exp(), grid)
+
+    def _posterior(self, pixels: Tensor) -> tuple[DiagonalGaussian, Grid]:
+        grid = self.spec.grid(*pixels.shape[-2:], pixels.shape[2] if pixels.dim() == 5 else 1)
+        frames = rearrange(pixels, "b c t h w -> (b t) c h w") if pixels.dim() == 5 else pixels
+        return self.posterior(frames), grid
+
+    def _tokens(self, maps: Tensor, grid: Grid) -> Tensor:
+        """Unscaled latent maps -> scaled tokens."""
+        return from_maps(maps * self.config.scale, grid[0], self.packing)
 
     def decode(
         self,
@@ -151,7 +164,7 @@ class LatentTokenizer:
         refuse_steps(steps, guidance)
         grid = fitting_grid(tokens, grid)
         check_latents(tokens, self.spec.channels)
-        pixels = self.reconstruct(to_maps(tokens, grid) / self.config.scale)
+        pixels = self.reconstruct(to_maps(tokens, grid, self.packing) / self.config.scale)
         return pixels if grid[0] == 1 else rearrange(pixels, "(b t) c h w -> b c t h w", t=grid[0])
 
     @torch.no_grad()
@@ -167,10 +180,19 @@ class LatentTokenizer:
         return scale
 
 
-def to_maps(tokens: Tensor, grid: Grid) -> Tensor:
-    """[B, T*h*w, C] -> [B*T, C, h, w]."""
+def to_maps(tokens: Tensor, grid: Grid, packing: int = 1) -> Tensor:
+    """Tokens [B, T*h*w, C*p*p] on a grid (T, h, w) -> latent maps [B*T, C, h*p, w*p]; p = packing.
+
+    Inside a token the channel is the outermost index, then the row, then the column (MAR's patches).
+    """
     time, height, width = grid
-    return rearrange(tokens, "b (t h w) c -> (b t) c h w", t=time, h=height, w=width)
+    pattern = "b (t h w) (c p q) -> (b t) c (h p) (w q)"
+    return rearrange(tokens, pattern, t=time, h=height, w=width, p=packing, q=packing)
+
+
+def from_maps(maps: Tensor, frames: int = 1, packing: int = 1) -> Tensor:
+    """Latent maps [B*T, C, h*p, w*p] -> tokens [B, T*h*w, C*p*p]: the inverse of `to_maps`."""
+    return rearrange(maps, "(b t) c (h p) (w q) -> b (t h w) (c p q)", t=frames, p=packing, q=packing)
 
 
 def square_grid(tokens: int) -> Grid:

@@ -25,10 +25,22 @@ from vgen.layers.conv import Decoder, Encoder
 from vgen.layers.taming import rename_taming
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
 from vgen.tokenizers_vis.maskgit_vqgan import Codebook
-from vgen.tokenizers_vis.quantizers import Quantized
+from vgen.tokenizers_vis.quantizers import Quantized, with_bookkeeping
 
-# Keyword arguments of ChameleonVQGAN. Widths of the release's default config: the original vqgan.yaml was not seen.
-SIZES: dict[str, dict[str, Any]] = {"512": {}}
+# Keyword arguments of ChameleonVQGAN. 512: widths of the release's default config (the original vqgan.yaml was not seen).
+# emoji-f8: ours, for 64-px pictures on CPUs.
+SIZES: dict[str, dict[str, Any]] = {
+    "512": {},  # 68.7 M
+    "emoji-f8": {
+        "ch": 32,
+        "ch_mult": (1, 2, 2, 4),
+        "num_res_blocks": 1,
+        "z_channels": 64,
+        "n_embed": 1024,
+        "embed_dim": 64,
+        "num_groups": 16,
+    },
+}
 WEIGHTS, WORDS = "vqgan.ckpt", "text_tokenizer.json"  # files of Meta's release
 LOSSES = ("loss.",)  # discriminator and perceptual network of the training checkpoint
 
@@ -46,8 +58,10 @@ class ChameleonVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
 
     ch: base width; ch_mult: width multipliers, finest level first; num_res_blocks: per level (one more in the decoder);
     z_channels: width between the convolutional nets and the codebook; n_embed x embed_dim: the codebook; num_groups: of
-    every GroupNorm.
+    every GroupNorm; usage_window: length of the usage queue (0: none, as in the published file).
     """
+
+    coding_parts = ("encoder", "quant_conv", "quantize")  # what decides about the tokens of a picture
 
     @register_to_config
     def __init__(
@@ -59,16 +73,26 @@ class ChameleonVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
         n_embed: int = 8192,
         embed_dim: int = 256,
         num_groups: int = 32,
+        usage_window: int = 0,
     ):
         super().__init__()
         options = {"attention_levels": (), "groups": num_groups}
         self.encoder = Encoder(3, ch, ch_mult, num_res_blocks, z_channels, **options)
         self.decoder = Decoder(z_channels, ch, ch_mult, num_res_blocks, 3, **options)
-        self.quantize = Codebook(n_embed, embed_dim)
+        self.quantize = Codebook(n_embed, embed_dim, window=usage_window)
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         factor = 2 ** (len(ch_mult) - 1)
         self.spec = TokenSpec(downsample=(1, factor, factor), vocabulary=n_embed)
+
+    @classmethod
+    def of_size(cls, size: str, **changes: Any) -> ChameleonVQGAN:
+        """A model with fresh weights from the table SIZES; `changes` are keyword arguments of the constructor."""
+        if size not in SIZES:
+            raise VgenError(
+                f"unknown Chameleon VQGAN size {size!r}{nearest(size, SIZES)}; known sizes: {', '.join(SIZES)}"
+            )
+        return cls(**{**SIZES[size], **changes})
 
     @classmethod
     def from_original(
@@ -79,18 +103,15 @@ class ChameleonVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
         config: a size of SIZES or keyword arguments. Raises VgenError when the file is no such checkpoint or its shapes
         do not fit the config.
         """
-        if isinstance(config, str) and config not in SIZES:
-            raise VgenError(
-                f"unknown Chameleon VQGAN size {config!r}{nearest(config, SIZES)}; known sizes: {', '.join(SIZES)}"
-            )
         if isinstance(source, Mapping):
             state = dict(source)
         else:
             path = Path(source)
             state = read_state_dict(path / WEIGHTS if path.is_dir() else path)
         with torch.device("meta"):
-            model = cls(**(SIZES[config] if isinstance(config, str) else config))
-        load_exactly(model, rename_taming(state, len(model.config.ch_mult)), ignore=LOSSES)
+            model = cls.of_size(config) if isinstance(config, str) else cls(**config)
+        state = rename_taming(state, len(model.config.ch_mult))
+        load_exactly(model, with_bookkeeping(model, state), ignore=LOSSES)
         return model.eval()
 
     from_single_file = from_original
@@ -100,7 +121,7 @@ class ChameleonVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
         return self.quant_conv(self.encoder(pixels))
 
     def forward(self, pixels: Tensor) -> ChameleonOutput:
-        """[B, 3, H, W] in [-1, 1] -> reconstruction and quantizer losses."""
+        """[B, 3, H, W] in [-1, 1] -> reconstruction and quantizer losses (the losses in train mode only)."""
         quantized = self.quantize(self.features(pixels))
         return ChameleonOutput(self.reconstruct(quantized.quantized), quantized)
 
@@ -111,6 +132,11 @@ class ChameleonVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """[B, C, h, w] code vectors -> [B, 3, H, W], not clamped."""
         return self.decoder(self.post_quant_conv(vectors.to(self.post_quant_conv.weight.dtype)))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that the adaptive GAN weight looks at: the decoder's last convolution."""
+        return self.decoder.conv_out.weight
 
 
 def image_token_ids(path: str | Path, codes: int) -> Tensor:

@@ -16,21 +16,25 @@ from vgen.errors import VgenError
 class DimensionwiseQuantizer(nn.Module):
     """Floats <-> levels 0 … 2 ** bits - 1, elementwise.
 
-    low, high: range of the floats (outside it they are clamped); std_range: standard deviations that the range stands for.
+    levels: their number where it is no power of two; low, high: range of the floats (outside it they are clamped);
+    std_range: standard deviations that the range stands for.
     The map from the range to the normal is linear, so the outermost levels lie well inside it: at ±4.06 for the published
     ±5, 3 deviations and 6 bits. Buffers have the names of the published generators, whose fp32 tables differ from a fresh
     computation by a few 1e-6 (cancellation in the tails): load theirs where there are any.
     """
 
-    def __init__(self, bits: int = 6, low: float = -5.0, high: float = 5.0, std_range: float = 3.0):
+    def __init__(
+        self, bits: int = 6, low: float = -5.0, high: float = 5.0, std_range: float = 3.0, levels: int | None = None
+    ):
         super().__init__()
-        if bits < 1 or not low < high or std_range <= 0:
+        levels = 2**bits if levels is None else levels
+        if levels < 2 or not low < high or std_range <= 0:
             raise VgenError(
-                "dimension-wise quantisation needs at least 1 bit, low < high and a positive std_range, "
-                f"got bits={bits}, low={low:g}, high={high:g}, std_range={std_range:g}"
+                "dimension-wise quantisation needs at least 1 bit (2 levels), low < high and a positive std_range, "
+                f"got levels={levels}, low={low:g}, high={high:g}, std_range={std_range:g}"
             )
         self.low, self.high, self.std_range = low, high, std_range
-        boundaries, values = _normal_bins(2**bits, std_range)
+        boundaries, values = _normal_bins(levels, std_range)
         self.register_buffer("boundaries", boundaries)  # [levels + 1]: part of the files, not used for anything
         self.register_buffer("reconstruction_values", values)  # [levels]
 
@@ -48,7 +52,7 @@ class DimensionwiseQuantizer(nn.Module):
         normal = normal.clamp(-self.std_range, self.std_range).contiguous()
         # Sorted, because bins of no width have the value 0 wherever they are. The sort is stable and searches find the first
         # of equal values, so that `order` maps to the first of equal levels.
-        values, order = self.reconstruction_values.sort(stable=True)
+        values, order = self.reconstruction_values.float().sort(stable=True)
         above = torch.searchsorted(values, normal).clamp(max=len(values) - 1)
         below = torch.searchsorted(values, values[(above - 1).clamp(min=0)])
         to_above, to_below = (normal - values[above]).abs(), (normal - values[below]).abs()
@@ -58,7 +62,7 @@ class DimensionwiseQuantizer(nn.Module):
 
     def decode(self, levels: Tensor) -> Tensor:
         """Levels [...] -> floats [...], fp32."""
-        normal = self.reconstruction_values[levels]
+        normal = self.reconstruction_values.float()[levels]
         return (normal + self.std_range) / (2 * self.std_range) * (self.high - self.low) + self.low
 
 
@@ -74,3 +78,18 @@ def _normal_bins(levels: int, std_range: float) -> tuple[Tensor, Tensor]:
     cumulative = 0.5 * (1 + torch.erf(boundaries / math.sqrt(2)))
     mass = cumulative.diff()
     return boundaries, -density.diff() / torch.where(mass == 0, 1e-10, mass)
+
+
+def low_frequencies_first(latents: Tensor) -> list[int]:
+    """The channels of latent maps [n, C, h, w] by rising mean frequency: an order for generators that make them one by one.
+
+    The mean frequency of a channel is that of its power spectrum over the maps, without the constant. TokenBridge puts low
+    frequencies first, and its order for the KL-16 is a constant of the code: this is our reading for other tokenizers.
+    """
+    rows, columns = latents.shape[-2:]
+    power = torch.fft.fft2(latents.float()).abs().square().mean(dim=0)  # [C, h, w]
+    vertical, horizontal = torch.fft.fftfreq(rows), torch.fft.fftfreq(columns)
+    frequency = (vertical.square()[:, None] + horizontal.square()).sqrt().to(power)
+    power[:, 0, 0] = 0
+    mean = (power * frequency).sum(dim=(1, 2)) / power.sum(dim=(1, 2)).clamp_min(1e-30)
+    return mean.argsort(stable=True).tolist()

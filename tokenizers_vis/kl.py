@@ -64,8 +64,8 @@ class KLModel(LatentTokenizer, ModelMixin, ConfigMixin):
     ch: base width; ch_mult: width multipliers, finest level first; num_res_blocks: per level (one more in the decoder);
     latent_channels: C; encoder_attention, decoder_attention: levels (0 finest, -1 coarsest) with attention after every
     ResBlock; scale: what latents are multiplied with to have a standard deviation of about 1; num_groups: of every GroupNorm;
-    patch_size: pixels per side that are folded into channels (1: none, as published).
-    Downsampling = patch_size * 2 ** (levels - 1).
+    patch_size: pixels per side that are folded into channels (1: none, as published); packing: latents per side that make one
+    token of packing² C channels (1: every latent is a token). Downsampling = patch_size * 2 ** (levels - 1) * packing.
     """
 
     coding_parts = ("encoder", "quant_conv")  # what decides about the tokens of a picture
@@ -84,6 +84,7 @@ class KLModel(LatentTokenizer, ModelMixin, ConfigMixin):
         num_groups: int = 32,
         dropout: float = 0.0,
         patch_size: int = 1,
+        packing: int = 1,
     ):
         super().__init__()
         pixel_channels, options = 3 * patch_size**2, {"groups": num_groups, "dropout": dropout}
@@ -95,8 +96,9 @@ class KLModel(LatentTokenizer, ModelMixin, ConfigMixin):
         )  # fmt: skip
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        factor = patch_size * 2 ** (len(ch_mult) - 1)
-        self.spec = TokenSpec(downsample=(1, factor, factor), channels=latent_channels)
+        factor = patch_size * 2 ** (len(ch_mult) - 1) * packing
+        self.packing = packing
+        self.spec = TokenSpec(downsample=(1, factor, factor), channels=latent_channels * packing**2)
 
     # -- construction ----------------------------------------------------------------------------------------------
 

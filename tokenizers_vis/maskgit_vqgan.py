@@ -25,13 +25,21 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
-from vgen.kernels.vq_nearest import vq_nearest
 from vgen.layers.conv import group_norm
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
-from vgen.tokenizers_vis.quantizers import Quantized
+from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer, with_bookkeeping
 
-# Keyword arguments of MaskGITVQGAN.
-SIZES: dict[str, dict[str, Any]] = {"f16-1024": {}}
+# Keyword arguments of MaskGITVQGAN. f16-1024: the released file. emoji-f8: ours, for 64-px pictures on CPUs.
+SIZES: dict[str, dict[str, Any]] = {
+    "f16-1024": {},  # 54.5 M
+    "emoji-f8": {
+        "hidden_channels": 32,
+        "channel_mult": (1, 2, 2, 4),
+        "num_res_blocks": 1,
+        "z_channels": 64,
+        "num_groups": 16,
+    },
+}
 
 
 class Block(nn.Module):
@@ -137,30 +145,12 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class Codebook(nn.Module):
+class Codebook(VectorQuantizer):
     """Nearest code in squared L2 distance, without normalisation. `beta` weighs the term that moves the *codes*: it sits on
     the other term than in VQ-VAE (arXiv 1711.00937, equation 3), as in the published code."""
 
-    def __init__(self, codes: int, channels: int, beta: float = 0.25):
-        super().__init__()
-        self.beta = beta
-        self.embedding = nn.Embedding(codes, channels)
-        nn.init.uniform_(self.embedding.weight, -1.0 / codes, 1.0 / codes)
-
-    def forward(self, z: Tensor) -> Quantized:
-        """[B, C, h, w] -> Quantized, in fp32; `commit` pulls features to codes, `vq` codes to features."""
-        with torch.autocast(z.device.type, enabled=False):
-            rows = rearrange(z.float(), "b c h w -> (b h w) c")
-            indices = vq_nearest(rows.detach(), self.embedding.weight.detach())
-            chosen = self.embedding(indices).float()
-            through = rows + (chosen - rows).detach()
-            shape = {"b": z.shape[0], "h": z.shape[2]}
-            return Quantized(
-                rearrange(through, "(b h w) c -> b c h w", **shape),
-                rearrange(indices, "(b n) -> b n", b=z.shape[0]),
-                vq=self.beta * F.mse_loss(chosen, rows.detach()),
-                commit=F.mse_loss(rows, chosen.detach()),
-            )
+    def __init__(self, codes: int, channels: int, beta: float = 0.25, window: int = 0):
+        super().__init__(codes, channels, normalise=False, beta=1.0, window=window, vq_weight=beta)
 
     def soft_codes(self, z: Tensor, temperature: float = 1.0) -> Tensor:
         """[B, C, h, w] -> softmax(-squared distance / temperature): [B, h*w, codes]."""
@@ -181,8 +171,11 @@ class MaskGITVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
     """Encoder, codebook, decoder. Keys and values equal the published file.
 
     hidden_channels: base width; channel_mult: width multipliers, finest level first; num_res_blocks: per level;
-    z_channels: width of a code; num_embeddings: codes; beta: `Codebook`; num_groups: of every GroupNorm.
+    z_channels: width of a code; num_embeddings: codes; beta: `Codebook`; num_groups: of every GroupNorm; usage_window: length
+    of the usage queue (0: none, as in the published file).
     """
+
+    coding_parts = ("encoder", "quantize")  # what decides about the tokens of a picture
 
     @register_to_config
     def __init__(
@@ -194,13 +187,23 @@ class MaskGITVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
         num_embeddings: int = 1024,
         beta: float = 0.25,
         num_groups: int = 32,
+        usage_window: int = 0,
     ):
         super().__init__()
         self.encoder = Encoder(3, hidden_channels, channel_mult, num_res_blocks, z_channels, num_groups)
         self.decoder = Decoder(z_channels, hidden_channels, channel_mult, num_res_blocks, 3, num_groups)
-        self.quantize = Codebook(num_embeddings, z_channels, beta)
+        self.quantize = Codebook(num_embeddings, z_channels, beta, usage_window)
         factor = 2 ** (len(channel_mult) - 1)
         self.spec = TokenSpec(downsample=(1, factor, factor), vocabulary=num_embeddings)
+
+    @classmethod
+    def of_size(cls, size: str, **changes: Any) -> MaskGITVQGAN:
+        """A model with fresh weights from the table SIZES; `changes` are keyword arguments of the constructor."""
+        if size not in SIZES:
+            raise VgenError(
+                f"unknown MaskGIT-VQGAN size {size!r}{nearest(size, SIZES)}; known sizes: {', '.join(SIZES)}"
+            )
+        return cls(**{**SIZES[size], **changes})
 
     @classmethod
     def from_original(
@@ -211,13 +214,9 @@ class MaskGITVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
         Raises VgenError when the file is no such checkpoint or its shapes do not fit the config.
         """
         state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
-        if isinstance(config, str) and config not in SIZES:
-            raise VgenError(
-                f"unknown MaskGIT-VQGAN size {config!r}{nearest(config, SIZES)}; known sizes: {', '.join(SIZES)}"
-            )
         with torch.device("meta"):
-            model = cls(**(SIZES[config] if isinstance(config, str) else config))
-        load_exactly(model, state)
+            model = cls.of_size(config) if isinstance(config, str) else cls(**config)
+        load_exactly(model, with_bookkeeping(model, state))
         return model.eval()
 
     from_single_file = from_original
@@ -227,7 +226,7 @@ class MaskGITVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
         return self.encoder((pixels + 1) / 2)
 
     def forward(self, pixels: Tensor) -> VQGANOutput:
-        """[B, 3, H, W] in [-1, 1] -> reconstruction and quantizer losses."""
+        """[B, 3, H, W] in [-1, 1] -> reconstruction and quantizer losses (the losses in train mode only)."""
         quantized = self.quantize(self.features(pixels))
         return VQGANOutput(self.decoder(quantized.quantized) * 2 - 1, quantized)
 
@@ -238,3 +237,8 @@ class MaskGITVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """[B, C, h, w] code vectors -> [B, 3, H, W], clamped to [-1, 1]."""
         return self.decoder(vectors).clamp(0, 1) * 2 - 1
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that the adaptive GAN weight looks at: the decoder's last convolution."""
+        return self.decoder.conv_out.weight

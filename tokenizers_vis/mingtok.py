@@ -32,6 +32,7 @@ from vgen.layers.pixels import centre_square, to_pixels
 from vgen.samplers.types import Grid
 from vgen.tokenizers_vis.base import TokenSpec, check_latents, fitting_grid, refuse_steps
 from vgen.tokenizers_vis.mingtok_nets import (
+    Hidden,
     LowLevelEncoder,
     PixelDecoder,
     SemanticDecoder,
@@ -40,8 +41,24 @@ from vgen.tokenizers_vis.mingtok_nets import (
     unpatchify,
 )
 
-# Keyword arguments of MingTok. vision: the released model, 698 M.
-SIZES: dict[str, dict[str, Any]] = {"vision": {}}
+# Keyword arguments of MingTok. vision: the released model. emoji-f8: ours, for 64-px pictures on CPUs; `calibrate` sets its scale.
+SIZES: dict[str, dict[str, Any]] = {
+    "vision": {},  # 698 M
+    "emoji-f8": {  # 4.8 M
+        "image_size": 64,
+        "patch_size": 8,
+        "latent_channels": 16,
+        "encoder_width": 192,
+        "encoder_depth": 3,
+        "semantic_width": 192,
+        "semantic_depth": 3,
+        "pixel_patch_size": 4,
+        "pixel_width": 128,
+        "pixel_depth": 3,
+        "latent_mean": 0.0,
+        "latent_scale": 1.0,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,11 @@ class MingTokOutput:
     latents: Tensor
     features: Tensor
     reconstruction: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """The latents of the patches [B, N, C], as `encode` gives them."""
+        return self.latents[:, :-1]
 
 
 class MingTok(ModelMixin, ConfigMixin):
@@ -131,14 +153,14 @@ class MingTok(ModelMixin, ConfigMixin):
         """A picture -> [3, size, size] in [-1, 1]: short side to `size`, centre. Generation: 512, understanding: 1024."""
         return to_pixels(centre_square(image, size))
 
-    def raw_latents(self, pixels: Tensor) -> Tensor:
+    def raw_latents(self, pixels: Tensor, hidden: Hidden | None = None) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, N + 1, C] as the semantic decoder reads them, the class token's last."""
         if pixels.dim() != 4:
             raise VgenError(
                 f"MingTok takes pictures [B, 3, H, W], got {list(pixels.shape)}; encode clips frame by frame"
             )
         self.spec.grid(*pixels.shape[-2:])
-        return self.low_level_encoder(pixels)
+        return self.low_level_encoder(pixels, hidden)
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Raw latents -> tokens as generators make them."""
@@ -205,9 +227,19 @@ class MingTok(ModelMixin, ConfigMixin):
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def forward(self, pixels: Tensor) -> MingTokOutput:
-        """[B, 3, H, W] in [-1, 1] -> everything; the published loss is `patch_loss` on `patchify` of both pictures."""
-        raw = self.raw_latents(pixels)
+    @torch.no_grad()
+    def calibrate(self, pixels: Tensor) -> float:
+        """Sets `latent_mean` and `latent_scale` to mean and standard deviation of the latents of these pictures; returns the latter.
+
+        Call it once after training, on a few hundred pictures [B, 3, H, W]: generators learn latents in this scale.
+        """
+        deviation, mean = torch.std_mean(self.raw_latents(pixels)[:, :-1].float())
+        self.register_to_config(latent_mean=mean.item(), latent_scale=deviation.item())
+        return deviation.item()
+
+    def forward(self, pixels: Tensor, hidden: Hidden | None = None) -> MingTokOutput:
+        """[B, 3, H, W] in [-1, 1] -> everything. hidden: patches that the encoder does without; see mingtok_training.py."""
+        raw = self.raw_latents(pixels, hidden)
         features = self.semantic_decoder(raw)
         reconstruction = self._pixels(features[:, :-1], self.spec.grid(*pixels.shape[-2:]))
         return MingTokOutput(self.normalise(raw), features, reconstruction)

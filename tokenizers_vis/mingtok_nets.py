@@ -43,6 +43,15 @@ class SemanticMemory:
         return SemanticMemory(self.cache.take_rows(index), self.length)
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """Patches that the encoder must do without in training: masked [B, N] bool, and the token [W] that stands for their
+    embeddings (their positions stay)."""
+
+    masked: Tensor
+    token: Tensor
+
+
 class Trunk(Checkpointed, nn.Module):
     """A stack of blocks. hidden: width of their MLPs."""
 
@@ -102,16 +111,18 @@ class LowLevelEncoder(Trunk):
         resized = rearrange(grid.to(self.pos_embed.dtype), "1 c h w -> 1 (h w) c")
         return torch.cat((resized, self.pos_embed[:, -1:]), dim=1)
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def embed(self, pixels: Tensor, hidden: Hidden | None = None) -> Tensor:
         """[B, 3, H, W] -> what the blocks get: [B, N + 1, W]."""
         height, width = (side // self.patch_size for side in pixels.shape[-2:])
         patches = self.patch_embed(pixels)
+        if hidden is not None:
+            patches = torch.where(hidden.masked[..., None], hidden.token.to(patches), patches)
         tokens = torch.cat((patches, self.cls_token.to(patches).expand(len(patches), -1, -1)), dim=1)
         return tokens + self.positions(height, width).to(tokens)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, hidden: Hidden | None = None) -> Tensor:
         """[B, 3, H, W] -> raw latents [B, N + 1, C], the class token's last."""
-        x = self.run(self.embed(pixels))
+        x = self.run(self.embed(pixels, hidden))
         shortcut = reduce(x, "b n (c k) -> b n c", "mean", c=self.latent_channels)  # of x without a norm
         return shortcut + self.out_proj(F.gelu(self.out_norm(x)))
 
@@ -174,9 +185,9 @@ class PixelDecoder(Trunk):
         return self.head(self.norm(self.run(tokens)))
 
 
-def swiglu_hidden(width: int) -> int:
-    """Hidden width of MingTok's SwiGLU: 2/3 of 4 times the width (rounded down), rounded up to a multiple of 8."""
-    return -(-(8 * width // 3) // 8) * 8
+def swiglu_hidden(width: int, ratio: int = 4) -> int:
+    """Hidden width of MingTok's SwiGLU: 2/3 of `ratio` times the width (rounded down), rounded up to a multiple of 8."""
+    return -(-(2 * ratio * width // 3) // 8) * 8
 
 
 def subdivide(tokens: Tensor, height: int, ratio: int) -> Tensor:

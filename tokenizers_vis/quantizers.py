@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,7 @@ class VectorQuantizer(nn.Module):
 
     normalise: compare and return unit vectors; the stored weight stays raw. beta: weight of the commitment loss;
     entropy_ratio: weight of the entropy loss (0: not computed). window: length of the usage queue (0: none is kept).
+    vq_weight: weight of the loss that moves the codes.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class VectorQuantizer(nn.Module):
         beta: float = 0.25,
         entropy_ratio: float = 0.0,
         window: int = 65536,
+        vq_weight: float = 1.0,
     ):
         super().__init__()
         self.codes, self.normalise, self.beta, self.entropy_ratio = codes, normalise, beta, entropy_ratio
+        self.vq_weight = vq_weight
         self.embedding = nn.Embedding(codes, channels)
         # The last `window` indices, newest at the end. Starts as zeros, so code 0 counts as used early on. Integers, because
         # published files hold floats that a cast of the model to bf16 would round; a buffer, because training updates it.
@@ -108,7 +112,7 @@ class VectorQuantizer(nn.Module):
             return Quantized(
                 quantized,
                 shaped,
-                vq=F.mse_loss(chosen, rows.detach()),
+                vq=self.vq_weight * F.mse_loss(chosen, rows.detach()),
                 commit=self.beta * F.mse_loss(rows, chosen.detach()),
                 entropy=self.entropy_ratio * self._entropy(rows) if self.entropy_ratio else rows.new_zeros(()),
                 usage=None if self.codebook_used is None else self._used().float().mean(),
@@ -188,3 +192,8 @@ class VectorQuantizer(nn.Module):
         pick = torch.randint(rows.shape[0], (dead.numel(),), generator=generator, device="cpu").to(rows.device)
         self.embedding.weight[dead] = self._unit(rows[pick]).to(self.embedding.weight.dtype)
         return dead.numel()
+
+
+def with_bookkeeping(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with zeros for those buffers of `model` that it lacks: what a codebook counts in training, which files need not hold."""
+    return {name: torch.zeros(buffer.shape, dtype=buffer.dtype) for name, buffer in model.named_buffers()} | dict(state)

@@ -29,7 +29,7 @@ from vgen.samplers.types import Grid
 from vgen.tokenizers_vis.base import LatentTokenizer, TokenSpec, check_latents, check_tokens, refuse_steps
 from vgen.tokenizers_vis.online_clustering import OnlineClusteringQuantizer
 from vgen.tokenizers_vis.posterior import DiagonalGaussian
-from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer
+from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer, with_bookkeeping
 from vgen.tokenizers_vis.titok_blocks import Encoder, PixelDecoder, initialise
 
 # (width, layers, heads) of a transformer: arXiv 2406.07550, table 6.
@@ -104,9 +104,7 @@ class TiTok:
         state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
         with torch.device("meta"):
             model = cls.of_size(config) if isinstance(config, str) else cls(**config)
-        for name, buffer in model.named_buffers():  # the codebook's bookkeeping, which files need not have
-            state.setdefault(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
-        load_exactly(model, state, ignore=("quantize.embed_prob",))
+        load_exactly(model, with_bookkeeping(model, state), ignore=("quantize.embed_prob",))
         return model.eval()
 
     from_single_file = from_original

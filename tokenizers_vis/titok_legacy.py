@@ -134,8 +134,9 @@ class TiTokLegacy(DiscreteTiTok, ModelMixin, ConfigMixin):
 
 
 def pixel_half(vqgan: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A MaskGIT-VQGAN's codebook and decoder under the names that TiTok gives them."""
-    return {f"pixel_{key}": value for key, value in vqgan.items() if not key.startswith("encoder.")}
+    """A MaskGIT-VQGAN's codebook and decoder under the names that TiTok gives them, without its usage queue."""
+    wanted = (key for key in vqgan if not key.startswith("encoder.") and key != "quantize.codebook_used")
+    return {f"pixel_{key}": vqgan[key] for key in wanted}
 
 
 def proxy_loss(logits: Tensor, codes: Tensor, quantized: Quantized) -> dict[str, Tensor]:

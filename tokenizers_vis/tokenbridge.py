@@ -96,6 +96,10 @@ class TokenBridge(ModelMixin, ConfigMixin):
         """Pixels as the continuous tokenizer takes them -> levels [B, N, C] int64; noise: of its posterior (None: mode)."""
         return self.quantizer.encode(self.tokenizer.encode(pixels, noise))
 
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the continuous tokenizer's latents: generators quantise a new sample every epoch."""
+        return self.tokenizer.moments(pixels)
+
     def latents(self, tokens: Tensor) -> Tensor:
         """Levels [..., C] -> the scaled latents [..., C] that they stand for; what TokenBridge's generator reads."""
         return self.quantizer.decode(tokens)

@@ -20,7 +20,7 @@ from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
 from vgen.layers.conv import Decoder, Encoder
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
-from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer
+from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer, with_bookkeeping
 
 # Keyword arguments of VQModel. vq-16 and vq-8: LlamaGen, table 8 and its released files. emoji-*: ours, for 64-px pictures on CPUs.
 SIZES: dict[str, dict[str, Any]] = {
@@ -125,9 +125,7 @@ class VQModel(CodeTokenizer, ModelMixin, ConfigMixin):
         state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
         with torch.device("meta"):
             model = cls.of_size(config) if isinstance(config, str) else cls(**config)
-        queue = model.quantize.codebook_used
-        state.setdefault("quantize.codebook_used", torch.zeros(queue.shape, dtype=queue.dtype))  # bookkeeping: optional
-        load_exactly(model, state)
+        load_exactly(model, with_bookkeeping(model, state))
         return model.eval()
 
     from_single_file = from_original

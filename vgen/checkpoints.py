@@ -21,12 +21,15 @@ from vgen.errors import VgenError
 NESTINGS = ("ema", "model", "module", "state_dict")
 
 
-def read_state_dict(path: str | Path, prefer: Sequence[str] = NESTINGS) -> dict[str, Tensor]:
+def read_state_dict(
+    path: str | Path, prefer: Sequence[str] = NESTINGS, overlay: str | None = None
+) -> dict[str, Tensor]:
     """The tensors of a checkpoint file by name, on the CPU.
 
     A .safetensors file is read as it is, a folder as the union of its .safetensors files (shards). Anything else goes through `torch.load(weights_only=True)` with argparse.Namespace
     allowed (training scripts store their arguments); of a nested file the first of the names `prefer` that holds tensors wins,
-    else the file must be flat. TorchScript programs are refused.
+    else the file must be flat. overlay: an entry that a nested file must have as well; its tensors replace those of the same names
+    (averages of parameters, beside a state dict that alone has the buffers). TorchScript programs are refused.
     VgenError: missing, truncated, not a checkpoint, needs code to load, no tensors where expected.
     """
     path = Path(path)
@@ -41,7 +44,9 @@ def read_state_dict(path: str | Path, prefer: Sequence[str] = NESTINGS) -> dict[
             raise VgenError(
                 f"{path} is not a complete safetensors file ({_first_line(error)}); download it again"
             ) from error
-    return _unwrap(_read_pickle(path), path, prefer)
+    content = _read_pickle(path)
+    state = _unwrap(content, path, prefer)
+    return state if overlay is None else {**state, **_unwrap(content, path, (overlay,))}
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:

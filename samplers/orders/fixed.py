@@ -1,4 +1,4 @@
-"""Orders that are pure geometry: raster, neighbor, regions, blocks, halton, hierarchical."""
+"""Orders that are pure geometry: raster, neighbor, regions, blocks, subsample, halton, hierarchical."""
 
 from __future__ import annotations
 
@@ -69,6 +69,17 @@ def blocks(grid: Grid, size: tuple[int, int]) -> FixedOrder:
     down, across = -(-grid[1] // height), -(-grid[2] // width)
     name = f"blocks-{height}" if height == width else f"blocks-{height}x{width}"
     return grouped(name, grid, (frame * down + row // height) * across + column // width)
+
+
+def subsample(grid: Grid, stride: tuple[int, int]) -> FixedOrder:
+    """Strided lattices, one a call: all tokens of a frame with (row mod sh, column mod sw) = (0, 0) first, then (0, 1), …
+
+    The "subsample" entity of xAR (arXiv 2502.20388, figure 2): T * min(H, sh) * min(W, sw) calls, each spread over the frame.
+    """
+    height, width = stride
+    frame, row, column = grid_coordinates(grid).unbind(dim=1)
+    name = f"subsample-{height}" if height == width else f"subsample-{height}x{width}"
+    return grouped(name, grid, (frame * height + row % height) * width + column % width)
 
 
 def halton(grid: Grid, steps: int | None, schedule: str) -> FixedOrder:

@@ -37,15 +37,15 @@ class FramesOrder(BaseOrder):
             part = slice(first, first + self.frame_size)
             # Views, not copies: an adaptive inner order sees what the loop has written.
             view = Canvas((order.grid,), canvas.values[:, part], canvas.known[:, part], canvas.samples)
-            calls += [_moved(call, frame, first) for call in order.plan(view)]
+            calls += [moved(call, frame, first) for call in order.plan(view)]
         return calls
 
     def keep(self, step: Step, draw: Draw, canvas: Canvas, noise: Noise) -> Tensor | None:
         return self.inner[0].keep(step, draw, canvas, noise)
 
 
-def _moved(call: Call, frame: int, offset: int) -> Call:
-    """A call of a frame's own order, as a call on the whole canvas."""
+def moved(call: Call, frame: int, offset: int) -> Call:
+    """A call of the order of a part (a frame, a level), as a call on the whole canvas."""
     feed = call.feed and replace(
         call.feed, source=_shift(call.feed.source, offset), slot=_shift(call.feed.slot, offset)
     )

@@ -25,7 +25,8 @@ class RandomOrder(PermutedOrder):
 def random_order(grid: Grid, steps: int | None, schedule: str, seed: int) -> RandomOrder:
     """`steps` calls with the sizes of `schedule`; fewer when fewer positions are unknown."""
     steps = steps or default_steps(grid_size(grid))
-    return RandomOrder(f"random-{steps}", grid, seed, free_steps(grid, steps, schedule))
+    name = f"random-{steps}" if schedule == "cosine" else f"random:steps={steps},schedule={schedule}"
+    return RandomOrder(name, grid, seed, free_steps(grid, steps, schedule))
 
 
 def free_steps(grid: Grid, steps: int, schedule: str) -> Callable[[int], list[int]]:

@@ -10,7 +10,7 @@ from vgen.errors import VgenError, nearest
 from vgen.samplers.orders import confidence
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.orders.diagonal import diagonal
-from vgen.samplers.orders.fixed import blocks, halton, hierarchical, neighbor, raster, regions
+from vgen.samplers.orders.fixed import blocks, halton, hierarchical, neighbor, raster, regions, subsample
 from vgen.samplers.orders.frames import FramesOrder
 from vgen.samplers.orders.given import given
 from vgen.samplers.orders.locality import locality_order
@@ -156,6 +156,13 @@ ORDERS: dict[str, OrderKind] = {
         "xAR, arXiv 2502.20388",
         {"size": Option((2, 2), CELL, "side of a cell, or height x width such as 4x2")},
         "size",
+    ),
+    "subsample": OrderKind(
+        subsample,
+        "every s-th token in both directions, a lattice a call",
+        "xAR, arXiv 2502.20388",
+        {"stride": Option((4, 4), CELL, "distance of the tokens of a call, or vertical x horizontal such as 4x2")},
+        "stride",
     ),
     "random": OrderKind(
         random_order,

@@ -10,13 +10,17 @@ from vgen.convert import published as registry
 from vgen.convert.published import find, locate, names, published
 from vgen.errors import VgenError
 from vgen.models.llamagen import LlamaGenModel
+from vgen.models.mar import MAR
 from vgen.models.maskgen import MaskGenVQ
 from vgen.models.maskgen_kl import MaskGenKL
 from vgen.models.maskgit import MaskGITUViT, MaskGITViT
+from vgen.models.mingunivision import MingUniVision
 from vgen.models.nar import NARModel
 from vgen.models.par import PARModel
 from vgen.models.rar import RARModel
-from vgen.samplers.choice import token_choice
+from vgen.models.tokenbridge import TokenBridgeGenerator
+from vgen.models.xar import XARModel
+from vgen.samplers.choice import FlowChoice, token_choice
 from vgen.samplers.diffusion import GaussianDiffusion
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.orders import make_order
@@ -45,10 +49,14 @@ FAMILIES = {
     "par": (PARModel, PARModel.size_config),
     "nar": (NARModel, NARModel.size_config),
     "rar": (RARModel, RARModel.size_config),
+    "mar": (MAR, MAR.size_config),
+    "xar": (XARModel, XARModel.size_config),
+    "mingunivision": (MingUniVision, MingUniVision.size_config),
     "maskgit_vit": (MaskGITViT, MaskGITViT.size_config),
     "maskgit_uvit": (MaskGITUViT, MaskGITUViT.size_config),
     "maskgen_vq": (MaskGenVQ, MaskGenVQ.size_config),
     "maskgen_kl": (MaskGenKL, MaskGenKL.size_config),
+    "tokenbridge_generator": (TokenBridgeGenerator, TokenBridgeGenerator.size_config),
     "vq": (VQModel, VQ_SIZES.__getitem__),
     "maskgit_vqgan": (MaskGITVQGAN, MASKGIT_SIZES.__getitem__),
     "titok_vq": (TiTokVQ, TITOK_VQ_SIZES.__getitem__),
@@ -67,6 +75,9 @@ EXPECTED = {
     *(f"nar-c2i-{size}-256" for size in ("B", "M", "L", "XL", "XXL")),
     *("nar-t2i-XL-256", "nar-t2i-XL-512"),
     *(f"rar-{size}-256" for size in ("B", "L", "XL", "XXL")),
+    *(f"mar-{size}-256" for size in "blh"),
+    *(f"xar-{size}-256" for size in "blh"),
+    *(f"tokenbridge-{size}-256" for size in "lh"),
     *(f"maskgit-titok-{size}" for size in ("l32", "b64", "s128")),
     *(f"maskgen-{kind}-{size}" for kind in ("vq", "kl") for size in ("L", "XL")),
 }
@@ -90,7 +101,10 @@ def test_entries_hold_together(name):
     sampling = entry.sampling
     ClassifierFree(sampling.guidance_scale, sampling.guidance_schedule, sampling.guidance_power)
     token_choice(sampling.choice, sampling.temperature, sampling.top_k, sampling.top_p)
-    GaussianDiffusion.named().respaced(sampling.substeps)
+    if isinstance(sampling.substeps, int):  # of a flow
+        FlowChoice(substeps=sampling.substeps)
+    else:
+        GaussianDiffusion.named().respaced(sampling.substeps)
     order = make_order(sampling.order, entry.grid)
     assert sampling.calls in (order.calls, None)
     assert any(sampling.order.startswith(kind) for kind in entry.orders)

@@ -96,3 +96,42 @@ def test_what_cannot_be_read(tmp_path):
     foreign.with_suffix(".json").write_text(json.dumps({}))
     with pytest.raises(VgenError, match="not a token set"):
         TokenDataset(foreign)
+
+
+def latents(tmp_path, **changes):
+    means = torch.randn(5, 6, 3, generator=torch.Generator().manual_seed(0))
+    more = {"deviations": torch.full_like(means, 0.5), "low": means[:, :2], "low_deviations": torch.zeros(5, 2, 3)}
+    options = {"vocabulary": None, "low_grid": (1, 1, 2), "more": more} | changes
+    return means, write(tmp_path / "t.safetensors", means, **options)
+
+
+def test_latents_are_drawn_anew_every_epoch_and_the_same_for_the_same_epoch(tmp_path):
+    means, path = latents(tmp_path)
+    data = TokenDataset(path, seed=2)
+    assert (data.vocabulary, data.spec.channels, data.spec.low_grid, data.variants) == (None, 3, (1, 1, 2), 1)
+    first, again, other = data[3, 0], data[3, 0], data[3, 1]
+    assert first["tokens"].dtype == torch.float32 and torch.equal(first["tokens"], again["tokens"])
+    assert not torch.equal(first["tokens"], other["tokens"])
+    assert torch.equal(first["low"], means[3, :2].half().float()), "no deviation: the mean"
+    draws = torch.stack([data[3, epoch]["tokens"] for epoch in range(400)])
+    assert torch.allclose(draws.mean(dim=0), means[3], atol=0.15) and abs(draws.std(dim=0).mean() - 0.5) < 0.05
+
+
+def test_latents_without_deviations_are_what_they_are(tmp_path):
+    means, path = latents(tmp_path, more={}, low_grid=None)
+    item = TokenDataset(path)[1]
+    assert torch.equal(item["tokens"], means[1].half().float()) and "low" not in item
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"more": {"deviations": torch.ones(5, 6, 2)}, "low_grid": None}, "deviations of tokens have another shape"),
+        ({"more": {}}, r"low must be floats \[M, 2, 3\]"),
+        ({"grid": (1, 2, 2)}, r"tokens must be floats \[M, 4, 3\]"),
+        ({"more": {"low": torch.full((5, 2, 3), 1e6)}}, "numbers that float16 cannot"),
+    ],
+)
+def test_latents_that_do_not_fit(tmp_path, changes, message):
+    with pytest.raises(VgenError, match=message):
+        latents(tmp_path, **changes)

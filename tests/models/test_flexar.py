@@ -9,6 +9,7 @@ import torch
 from vgen.errors import VgenError
 from vgen.models.flexar import FlexARModel, file_config, size_config
 from vgen.models.flexar_text import Prompts, prompt_condition
+from vgen.models.vocabulary import Vocabulary
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree
@@ -70,6 +71,20 @@ def test_cached_decoding_equals_the_forward(kind, options):
     for row, part in zip((condition, model.null(condition)), logits):
         assert torch.allclose(model(row, tokens), part, atol=1e-4)
     assert (state.counters.calls, state.counters.fed_tokens) == (7, 4 * 7)
+
+
+def test_words_are_one_vector_added_to_the_start():
+    words = Vocabulary.build(["red cat", "blue dog"])
+    model = tiny(conditioning="words", classes=len(words))
+    model.vocabulary = words
+    condition = words.captions(["red cat", "dog"])
+    tokens, logits, _ = run(model, condition, scale=2.0)
+    for row, part in zip((condition, model.null(condition)), logits):
+        assert torch.allclose(model(row, tokens), part, atol=1e-4)
+    table = model.preprocessor.cls_embedding.weight
+    start, _, _ = model.read_condition(condition)
+    expected = table[[*words.encode("dog"), words.start]].mean(dim=0)
+    assert torch.allclose(start[1], expected, atol=1e-5)  # padding does not count
 
 
 def test_known_tokens_stay_and_are_seen():

@@ -49,7 +49,7 @@ def continuous():
     torch.manual_seed(0)
     tokenizer = quiet(TiTokVAE(**SHAPES, **TEXT, scale=0.5))
     model = MaskGenKL(channels=4, head_width=16, head_layers=1, text_width=8, micro_width=8, **SMALL)
-    torch.nn.init.zeros_(model.diffloss["net"].final_layer.linear.weight)  # random outputs would blow the tokens up
+    torch.nn.init.zeros_(model.diffloss.net.final_layer.linear.weight)  # random outputs would blow the tokens up
     model.vocabulary = Captions()
     return VisualPipeline(
         tokenizer,
@@ -121,7 +121,7 @@ def test_guidance_may_begin_at_two_and_one_is_none():
 
 
 def test_tokenizer_and_generator_must_fit(maskgit, continuous):
-    with pytest.raises(VgenError, match="no channels a token, the generator was made for 4"):
+    with pytest.raises(VgenError, match="has 19 codes, the generator was made for none"):
         VisualPipeline(maskgit.tokenizer, continuous.model)
     with pytest.raises(VgenError, match="no codes, the generator was made for 19"):
         VisualPipeline(continuous.tokenizer, maskgit.model)

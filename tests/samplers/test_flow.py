@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from vgen.errors import VgenError
-from vgen.samplers.flow import FlowGuidance, ProjectedGuidance, euler, even_times, mode_times, noisy, weighted_sum
+from vgen.samplers.flow import (
+    TIMES,
+    FlowGuidance,
+    ProjectedGuidance,
+    euler,
+    even_times,
+    mode_times,
+    noisy,
+    sde,
+    sde_times,
+    weighted_sum,
+)
 
 
 def test_even_times_end_at_zero():
@@ -34,6 +45,39 @@ def test_euler_converges_and_keeps_the_dtype_of_the_state():
     ends = [euler(lambda x, t: x.float(), x, even_times(n)) for n in (10, 100)]
     errors = [abs(end.item() - math.exp(-1)) for end in ends]
     assert errors[1] < errors[0] / 5 and ends[0].dtype == torch.float64
+
+
+def gaussian_flow(spread, x, t):
+    """The velocity of a flow to N(0, spread²): E[noise - data | x_t = x]."""
+    return x * (t - (1 - t) * spread**2) / (t**2 + (1 - t) ** 2 * spread**2)
+
+
+def test_the_sde_has_the_marginals_of_the_flow():
+    torch.manual_seed(0)
+    seen = []
+
+    def velocity(x, t):
+        assert x.dtype == torch.float32
+        seen.append((t, x.std().item()))
+        return gaussian_flow(0.5, x, t)
+
+    end = sde(velocity, torch.randn(40000), 200, 1.0, lambda k: torch.randn(40000))
+    assert end.dtype == torch.float32 and end.std() == pytest.approx(0.5, rel=0.02)
+    for t, spread in seen[::20]:
+        assert spread == pytest.approx(math.hypot(t, (1 - t) * 0.5), rel=0.02)
+
+
+def test_the_sde_adds_noise_to_every_substep_but_the_last():
+    asked, x = [], torch.zeros(3)
+
+    def normal(k):
+        asked.append(k)
+        return torch.zeros(3)
+
+    assert torch.equal(sde(lambda x, t: torch.zeros_like(x), x, 5, 1.0, normal), x) and asked == [0, 1, 2, 3]
+    assert sde_times(4) == pytest.approx([1.0, 0.68, 0.36, 0.04, 0.0])
+    with pytest.raises(VgenError, match="at least 3 substeps, got 2"):
+        sde(lambda x, t: x, x, 2, 1.0, normal)
 
 
 def test_scale_one_needs_one_row_and_a_function_two():
@@ -82,3 +126,16 @@ def test_times_of_training():
         assert (times.diff() < 0).all()
     middle = ((mode_times(torch.rand(20000), 1.0) - 0.5).abs() < 0.25).float().mean()
     assert middle > 0.55, "the middle is denser"
+
+
+def test_logit_normal_times_of_training():
+    torch.manual_seed(0)
+    uniform = torch.rand(4096, dtype=torch.float64)
+    times = TIMES["logit-normal"](uniform, 0.25)
+    odds = times.double().logit()
+    assert odds.mean().abs() < 0.06 and odds.std() == pytest.approx(1, abs=0.04)
+    assert torch.equal(times, TIMES["logit-normal"](uniform, 0.0)), "the scale is that of `mode`"
+    spread = TIMES["logit-normal-spread"](uniform, 0.0)
+    ends = torch.special.ndtri(torch.arange(4097) / 4096).sigmoid()
+    assert ((ends[:-1] <= spread + 1e-6) & (spread <= ends[1:] + 1e-6)).all(), "one time in each part of equal mass"
+    assert torch.isfinite(TIMES["logit-normal"](torch.zeros(3), 0.0)).all()

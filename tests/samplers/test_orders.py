@@ -33,6 +33,8 @@ CLOSED_FORMS = {
     "zip-99": lambda t, h, w: t * h * w,
     "blocks-2": lambda t, h, w: t * math.ceil(h / 2) * math.ceil(w / 2),
     "blocks-1x3": lambda t, h, w: t * h * math.ceil(w / 3),
+    "subsample-2": lambda t, h, w: t * min(h, 2) * min(w, 2),
+    "subsample-3x1": lambda t, h, w: t * min(h, 3),
     "hierarchical": lambda t, h, w: (max(t, h, w) - 1).bit_length() + 1,
     "frames": lambda t, h, w: t * h * w,
     "frames-neighbor": lambda t, h, w: t * (h + w - 1),

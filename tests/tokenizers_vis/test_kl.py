@@ -66,6 +66,26 @@ def test_noise_moves_tokens_by_the_posteriors_deviation(model, pixels):
 
 
 @torch.no_grad()
+def test_latents_may_be_packed_into_tokens(model, pixels, tmp_path):
+    packed = KLModel(**TINY, packing=2).eval()
+    packed.load_state_dict(model.state_dict())
+    assert packed.spec.channels == 12 and packed.spec.grid(16, 24) == (1, 4, 6)
+    noise = torch.randn(3, 24, 12, generator=torch.Generator().manual_seed(4))
+    tokens = packed.encode(pixels, noise)
+    maps = model.encode(pixels).mT.view(3, 3, 8, 12)
+    mode = packed.encode(pixels)
+    for channel, row, column in ((0, 0, 1), (1, 1, 0), (2, 1, 1)):  # of token (1, 2): rows 2 and 3, columns 4 and 5
+        assert torch.equal(mode[:, 1 * 6 + 2, (channel * 2 + row) * 2 + column], maps[:, channel, 2 + row, 4 + column])
+    mean, deviation = packed.moments(pixels)
+    torch.testing.assert_close(tokens, mean + deviation * noise)
+    torch.testing.assert_close(packed.decode(mode, (1, 4, 6)), model.decode(model.encode(pixels), (1, 8, 12)))
+    with pytest.raises(VgenError, match="width must be a multiple of 4"):
+        packed.encode(pixels[..., :22])
+    packed.save_pretrained(tmp_path)
+    assert open_tokenizer(tmp_path).spec == packed.spec
+
+
+@torch.no_grad()
 def test_scale_is_between_latents_and_tokens(model, pixels):
     double = KLModel(**TINY, scale=2 * model.config.scale).eval()
     double.load_state_dict(model.state_dict())

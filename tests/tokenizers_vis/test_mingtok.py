@@ -9,7 +9,8 @@ from PIL import Image
 from vgen.errors import VgenError
 from vgen.tokenizers_vis.mingtok import MingTok
 from vgen.tokenizers_vis.mingtok_losses import PATCH_LOSSES, patch_loss, visible_patches
-from vgen.tokenizers_vis.mingtok_nets import patchify, subdivide, unpatchify
+from vgen.tokenizers_vis.mingtok_nets import Hidden, patchify, subdivide, unpatchify
+from vgen.tokenizers_vis.mingtok_training import MingTokObjective, TeacherTerm, draw_mask, paste_hidden
 
 TINY = {
     "image_size": 16,
@@ -190,3 +191,53 @@ def test_bad_input(model):
             MingTok(**{**TINY, **change})
     with pytest.raises(VgenError, match="did you mean 'L1-tanh'"):
         patch_loss(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), "L1-tan")
+
+
+@torch.no_grad()
+def test_what_is_hidden_does_not_matter(model, pixels):
+    masked = torch.zeros(3, 16, dtype=torch.bool)
+    masked[:, 5] = masked[1, 2] = True
+    hidden = Hidden(masked, torch.randn(64))
+    painted = pixels.clone()
+    painted[:, :, 4:8, 4:8] = 1.0  # patch 5
+    torch.testing.assert_close(model(painted, hidden).latents, model(pixels, hidden).latents)
+    assert not torch.allclose(model(painted).latents, model(pixels).latents)
+    pasted = paste_hidden(torch.zeros_like(pixels), pixels, masked, 4)
+    assert torch.equal(pasted[0, :, 4:8, 4:8], pixels[0, :, 4:8, 4:8]) and not pasted[0, :, :4].any()
+
+
+def test_masks_are_a_share_of_the_pictures_and_of_their_patches():
+    order = torch.rand(40, 16, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    masked = draw_mask(torch.arange(40) / 40, order, share=0.5, ratio=0.25)
+    assert masked.sum(dim=1).tolist() == [4] * 20 + [0] * 20
+    assert torch.equal(masked[0], order[0] < 4)
+
+
+def test_only_visible_patches_count_and_only_masked_ones_are_taught(pixels):
+    torch.manual_seed(0)
+    objective = MingTokObjective(MingTok(**TINY), masks=True, semantic_term=TeacherTerm(6, 0.5, 8))
+    masked = torch.zeros(3, 16, dtype=torch.bool)
+    masked[0, :8] = True
+    teacher = torch.randn(3, 8, 8, 6)
+    output, terms = objective(pixels, masked, {"semantic": teacher})
+    made, real = (patchify(x, 2) for x in (output.reconstruction, pixels))
+    seen = visible_patches(masked, 4, 2)
+    assert terms["reconstruction"].item() == pytest.approx(patch_loss(made, real, visible=seen).item(), rel=1e-5)
+    total = terms["reconstruction"] + 0.5 * terms["semantic_teacher"]
+    assert terms["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    other = teacher.clone()
+    other[1:] = 3.0  # pictures without a mask
+    assert torch.equal(objective(pixels, masked, {"semantic": other})[1]["semantic_teacher"], terms["semantic_teacher"])
+    terms["loss"].backward()
+    assert [name for name, p in objective.named_parameters() if p.grad is None] == []
+
+
+@torch.no_grad()
+def test_calibration_gives_tokens_a_standard_deviation_of_one(pixels, tmp_path):
+    torch.manual_seed(0)
+    model = MingTok(**TINY).eval()
+    deviation = model.calibrate(pixels)
+    tokens = model.encode(pixels)
+    assert tokens.std().item() == pytest.approx(1, rel=1e-4) and tokens.mean().item() == pytest.approx(0, abs=1e-4)
+    model.save_pretrained(tmp_path)
+    assert MingTok.from_pretrained(tmp_path).config.latent_scale == pytest.approx(deviation)

@@ -64,6 +64,8 @@ def test_tables_are_means_of_equally_likely_bins():
     torch.testing.assert_close(quantizer.reconstruction_values, sample.mean(dim=1), atol=0.02, rtol=0)
     assert quantizer.decode(torch.tensor([0, 7])).abs().max() < 5, "the ends of the range are never reached"
     assert quantizer.levels == 8 and len(quantizer.boundaries) == 9
+    odd = DimensionwiseQuantizer(levels=12)
+    assert odd.levels == 12 and torch.equal(odd.encode(odd.decode(torch.arange(12))), torch.arange(12))
 
 
 def test_more_bits_lose_less():

@@ -59,3 +59,27 @@ def tokenizer(tmp_path):
     )
     model.save_pretrained(tmp_path / "tokenizer")
     return model.eval()
+
+
+@pytest.fixture
+def latent_sets(tmp_path):
+    """A folder of token sets on a 4x4 grid of 3 channels: the caption decides the sign of the first channel."""
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    for split, rows in (("train", 24), ("heldout", 6)):
+        kind = torch.arange(rows) % 2
+        tokens = torch.zeros(rows, 16, 3)
+        tokens[..., 0] = (2.0 * kind - 1)[:, None]
+        write_tokens(
+            folder / f"{split}.safetensors",
+            tokens,
+            captions=[f"sign {['minus', 'plus'][k]}" for k in kind],
+            labels=kind.tolist(),
+            keys=[f"{split}-{i}" for i in range(rows)],
+            grid=(1, 4, 4),
+            vocabulary=None,
+            tokenizer="none",
+            class_names=("minus", "plus"),
+            more={"deviations": torch.full_like(tokens, 0.1)},
+        )
+    return folder

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from vgen.data.dataset import open_images
-from vgen.data.tokens import TokenDataset
+from vgen.data.tokens import TokenDataset, TokenSetSpec
 from vgen.errors import VgenError
+from vgen.tokenizers_vis.flextok import FlexTok
+from vgen.tokenizers_vis.kl import KLModel
+from vgen.tokenizers_vis.titok import TiTokVQ
 from vgen.train import caching
 from vgen.train.caching import cache_tokens
 
@@ -101,3 +104,78 @@ def test_bad_input_is_one_sentence(tmp_path, pictures, tokenizer):
     (good / "config.json").write_text(json.dumps({**config, "_class_name": "AnyOrderModel"}))
     with pytest.raises(VgenError, match="holds a AnyOrderModel"):
         cache_tokens(good, pictures, tmp_path / "out", size=32)
+
+
+@pytest.fixture
+def vae(tmp_path):
+    """A tiny KL model (8x8 pixels a latent of 4 channels), saved in tmp_path / "vae"."""
+    torch.manual_seed(0)
+    model = KLModel(ch=8, ch_mult=(1,), num_res_blocks=1, latent_channels=4, num_groups=4, patch_size=8, scale=1.0)
+    model.save_pretrained(tmp_path / "vae")
+    return model.eval()
+
+
+def test_a_continuous_tokenizer_gives_its_posteriors_also_of_smaller_pictures(tmp_path, pictures, vae):
+    (report, _) = cache_tokens(tmp_path / "vae", pictures, tmp_path / "out", size=32, flips=True, low_res=16)
+    assert "latents of mean" in report.tokens
+    cached, images = TokenDataset(tmp_path / "out" / "train.safetensors"), open_images(pictures, "train", 32)
+    assert cached.spec == TokenSetSpec((1, 4, 4), None, 4, (1, 2, 2)) and cached.variants == 2
+    pixels = torch.stack([images[i]["image"] for i in range(12)])
+    with torch.no_grad():
+        mean, deviation = vae.moments(pixels.flip(-1))
+        low, _ = vae.moments(torch.nn.functional.interpolate(pixels.flip(-1), (16, 16), mode="bicubic"))
+    assert torch.equal(cached.tensors["tokens"][:, 1], mean.half())
+    assert torch.equal(cached.tensors["deviations"][:, 1], deviation.half())
+    assert torch.equal(cached.tensors["low"][:, 1], low.half())
+
+
+def test_moments_are_those_of_encode(vae):
+    pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    noise = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        mean, deviation = vae.moments(pixels)
+        assert torch.equal(mean, vae.encode(pixels))
+        assert torch.allclose(mean + deviation * noise, vae.encode(pixels, noise), atol=1e-6)
+
+
+def test_smaller_pictures_are_for_continuous_tokenizers(tmp_path, pictures, tokenizer):
+    with pytest.raises(VgenError, match="for continuous tokenizers"):
+        cache_tokens(tmp_path / "tokenizer", pictures, tmp_path / "out", size=32, low_res=16)
+
+
+def test_a_decoder_that_reads_captions_is_not_asked(tmp_path, pictures):
+    """TA-TiTok codes pictures without a caption, and decodes none without."""
+    shapes = {
+        "image_size": 32,
+        "encoder_shape": (16, 1, 2),
+        "decoder_shape": (16, 1, 2),
+        "num_tokens": 6,
+        "channels": 4,
+    }
+    patches = {"encoder_patch_size": 8, "decoder_patch_size": 8, "codebook_size": 16, "text_tokens": 3, "text_width": 8}
+    TiTokVQ(**shapes, **patches).save_pretrained(tmp_path / "titok")
+    said = []
+    reports = cache_tokens(tmp_path / "titok", pictures, tmp_path / "out", size=32, say=said.append)
+    assert [report.psnr for report in reports] == [None, None] and "round trip" not in said[0]
+    assert TokenDataset(tmp_path / "out" / "train.safetensors").grid == (1, 1, 6)
+
+
+def test_a_costly_decoder_is_asked_for_some_pictures(tmp_path, pictures, monkeypatch):
+    shape = {
+        "encoder_width": 16,
+        "encoder_depth": 1,
+        "decoder_width": 16,
+        "decoder_depth": 1,
+        "head_dim": 8,
+        "registers": 4,
+    }
+    options = {"levels": [5, 4], "max_grid": [4, 4], "frequencies": 8, "steps": 2, "guidance": 1.0}
+    FlexTok.of_size("emoji-pixels", **shape, **options).save_pretrained(tmp_path / "flextok")
+    monkeypatch.setattr(caching, "CHECKED", 4)
+    asked = []
+    round_trip = caching.Coder.round_trip
+    monkeypatch.setattr(
+        caching.Coder, "round_trip", lambda self, pixels: asked.append(len(pixels)) or round_trip(self, pixels)
+    )
+    reports = cache_tokens(tmp_path / "flextok", pictures, tmp_path / "out", size=32, batch_size=4, say=str)
+    assert asked == [4, 4] and [report.images for report in reports] == [12, 6]

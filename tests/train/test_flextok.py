@@ -125,6 +125,13 @@ def test_a_vae_of_diffusers_is_a_latent_space(tmp_path, config_of):
     assert system.model.config.vae_family == "flextok_vae" and system.model.vae.config.scale == 0.5
 
 
+@pytest.mark.parametrize("times", ["logit-normal", "logit-normal-spread"])
+def test_other_times(config_of, times):
+    trainer = Trainer(config_of(f"loss.times={times}"))
+    (loss,) = trainer.system.losses(next(trainer.system.batches(0, 0, 1)), 0, torch.Generator().manual_seed(0))
+    assert torch.isfinite(loss.value)
+
+
 def test_collapse_is_said(config_of):
     trainer = Trainer(config_of("model.levels=[8,8]"))
     system = trainer.system
@@ -142,6 +149,7 @@ def test_collapse_is_said(config_of):
         ("data.size=30", "multiples of 8"),
         ("data.size=40", "up to 32x32"),
         ("loss.keep=pow", "did you mean 'pow2'"),
+        ("loss.times=logitnormal", "did you mean 'logit-normal'"),
         ("loss.null_dropout=2", "loss.null_dropout must lie in"),
         ("model.size=emoji-f9", "did you mean 'emoji-f8'"),
         ("model.head_dim=5", "multiple of the head size 5"),

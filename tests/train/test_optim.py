@@ -57,6 +57,9 @@ def test_schedule_by_hand():
     assert learning_rate(config, 6, 9) == pytest.approx(2.0 * (0.1 + 0.9 / 2))
     assert learning_rate(config, 8, 9) == pytest.approx(0.2)
     assert learning_rate(OptimizerConfig(lr=2.0, warmup_steps=0, schedule="constant"), 8, 9) == 2.0
+    late = OptimizerConfig(lr=2.0, warmup_steps=2, final_lr=0.1, decay_from=0.6)
+    assert [learning_rate(late, step, 11) for step in (1, 2, 6)] == [2.0, 2.0, 2.0]
+    assert learning_rate(late, 7, 11) < 2.0 and learning_rate(late, 10, 11) == pytest.approx(0.2)
     drops = OptimizerConfig(lr=1.0, warmup_steps=0, schedule="multistep", milestones=[0.5, 0.75], drop=0.5)
     assert [learning_rate(drops, step, 8) for step in (0, 3, 4, 5, 6, 7)] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
 

@@ -9,6 +9,7 @@ from PIL import Image
 from vgen.errors import VgenError
 from vgen.models.clip_text import ClipFeatures
 from vgen.tokenizers_vis.registry import open_tokenizer
+from vgen.tokenizers_vis.titok_legacy import pixel_half
 from vgen.tokenizers_vis.vq import VQModel
 from vgen.train import pictures as pictures_module
 from vgen.train.checkpoint import checkpoints
@@ -35,6 +36,23 @@ OTHERS = {
     "titok_vq": {"size": "bl64", **SHAPES, **PATCHES, "codebook_size": 32, "clustering": True, "usage_window": 64},
     "titok_vae": {"size": "bl64", **SHAPES, **PATCHES},
     "kl": {"size": "emoji-kl-f8", "ch": 8, "num_groups": 4, "latent_channels": 3},
+    "maskgit_vqgan": {
+        "size": "emoji-f8",
+        "hidden_channels": 8,
+        "z_channels": 8,
+        "num_embeddings": 32,
+        "num_groups": 4,
+        "usage_window": 64,
+    },
+    "chameleon_vqgan": {
+        "size": "emoji-f8",
+        "ch": 8,
+        "z_channels": 8,
+        "n_embed": 32,
+        "embed_dim": 4,
+        "num_groups": 4,
+        "usage_window": 64,
+    },
 }
 
 
@@ -214,6 +232,27 @@ def test_every_family_trains_through_the_same_system(tmp_path, config_of_other, 
     else:
         assert held_out["codes_used"] + held_out["codes_dead"] == 32 and "usage" in logged
     assert model.decode(tokens, grid=model.spec.grid(32, 32)).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("family", ["maskgit_vqgan", "chameleon_vqgan"])
+def test_codes_that_are_no_unit_vectors_are_revived_as_features(config_of_other, family):
+    trainer = Trainer(config_of_other(family, "loss.restart_every=1", "loss.restart_until=1"))
+    system = trainer.system
+    trainer.step(0, system.batches(0, 0, 1))
+    quantizer = system.model.quantize
+    quantizer.codebook_used.fill_(3)
+    (message, *_) = system.after_step(0, torch.Generator(), {})
+    assert message == "revived 31 unused codes of 32"
+    features = system.model.features(system.latest).movedim(1, -1).flatten(0, -2)
+    distances = torch.cdist(quantizer.embedding.weight[4:], features, compute_mode="donot_use_mm_for_euclid_dist")
+    assert distances.min(dim=1).values.max() < 1e-5
+    assert not torch.allclose(quantizer.embedding.weight.norm(dim=1), torch.ones(32), atol=0.05)
+
+
+def test_a_trained_vqgan_serves_titok_as_proxy(config_of_other):
+    proxy = Trainer(config_of_other("maskgit_vqgan")).system.model
+    half = pixel_half(proxy.state_dict())
+    assert "pixel_quantize.embedding.weight" in half and not any("codebook_used" in name for name in half)
 
 
 @pytest.mark.parametrize("family", ["titok_vq", "titok_vae"])

@@ -39,7 +39,7 @@ def test_trace_blanks_what_is_not_decoded_and_keeps_the_first_batch():
     trace, canvas = trace_of(3)
     trace(Step(0, torch.tensor([0]), 1, (4, 3), 3, 4), canvas)  # a second batch begins
     assert len(trace.states) == 3
-    frames = trace.frames(lambda values: pictures(len(values)), (1, 2, 2), scale=1)
+    frames = trace.frames(lambda values, level: pictures(len(values)), scale=1)
     assert len(frames) == 3
     colours = {colour for _, colour in frames[0].getcolors(100000)}
     assert BLANK in colours

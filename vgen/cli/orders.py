@@ -23,6 +23,7 @@ GALLERY = (
     "regions-16",
     "zip-3",
     "blocks-4",
+    "subsample-4",
     "random",
     "locality",
     "halton",

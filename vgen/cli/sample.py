@@ -93,6 +93,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all")
     how.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to probability P; 1: all")
+    how.add_argument(
+        "--substeps",
+        metavar="N",
+        help="continuous tokens: steps of the diffusion (100, ddim50, …) or of the flow (50) behind every token",
+    )
+    for name, kind in (("steps", int), ("guidance-scale", float), ("substeps", str)):
+        how.add_argument(
+            f"--low-{name}", type=kind, metavar="N", help=f"--{name} of the small picture that Hi-MAR makes first"
+        )
     how.add_argument("--seed", type=int, default=0, help="0 to 4294967295 (default 0)")
     paint = parser.add_argument_group("in- and outpainting")
     paint.add_argument("--init-image", type=Path, metavar="FILE", help="the picture to start from")
@@ -145,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
 
     trace = Trace() if args.trace else None
     count = args.num_images * len(prompts or args.class_label)
-    order = pipe.make_order(args.order, args.steps, args.seed, options)
+    order = pipe.make_order(args.order, args.steps, args.seed, options, args.low_steps)
     bar = tqdm(
         total=math.ceil(count / max(args.batch_size, 1)) * order.calls,
         unit="call",
@@ -165,6 +174,9 @@ def run(args: argparse.Namespace) -> None:
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
+        "substeps": int(args.substeps) if args.substeps and args.substeps.isdigit() else args.substeps,
+        "low_guidance_scale": args.low_guidance_scale,
+        "low_substeps": args.low_substeps,
         "seed": args.seed,
     }
     with bar:
@@ -187,7 +199,7 @@ def run(args: argparse.Namespace) -> None:
         f"{report['calls_per_batch']:.0f} forward passes: {args.out}"
     )
     if trace:
-        save_animation(trace.frames(pipe.decode_tokens, pipe.model.grid, labels[: trace.limit]), args.trace)
+        save_animation(trace.frames(pipe.decode_tokens, labels[: trace.limit]), args.trace)
         print(f"step by step: {args.trace}")
     if args.json:
         chosen = {key: pipe.config.get(key) if value is None else value for key, value in settings.items()}

@@ -10,6 +10,7 @@ EPILOG = """examples:
   vgen tokenize --model … --data … --out … --flips               add mirror images of the training pictures
   vgen tokenize --model … --data … --out … --variants 8          add eight random crops of every training picture
   vgen tokenize --model … --data … --out … --ten-crop            add the ten crops that ImageNet recipes train on
+  vgen tokenize --model KL --data … --out … --low-res 32         continuous latents, also of the pictures at 32 px (Hi-MAR)
 
 Writes OUT/SPLIT.safetensors and OUT/SPLIT.json for every split. Interrupted, the same command continues."""
 
@@ -41,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add the four corners, the centre and their mirror images of every training picture at RANGE times the size "
         "(default 1.1), as LlamaGen, PAR, NAR and RAR were trained",
     )
+    parser.add_argument(
+        "--low-res",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="continuous tokenizers: add the latents of the same pictures at this size, which Hi-MAR starts from",
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch decides)")
@@ -71,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
         variants=args.variants,
         min_scale=args.min_scale,
         ten_crop=args.ten_crop,
+        low_res=args.low_res,
         batch_size=args.batch_size,
         device=device,
     )

@@ -23,10 +23,15 @@ GENERATORS = {
     "rar": ("vgen.models.rar", "RARModel"),
     "flexar": ("vgen.models.flexar", "FlexARModel"),
     "lumina": ("vgen.models.lumina", "LuminaModel"),
+    "mar": ("vgen.models.mar", "MAR"),
+    "himar": ("vgen.models.himar", "HiMAR"),
+    "xar": ("vgen.models.xar", "XARModel"),
+    "mingunivision": ("vgen.models.mingunivision", "MingUniVision"),
     "maskgit_vit": ("vgen.models.maskgit", "MaskGITViT"),
     "maskgit_uvit": ("vgen.models.maskgit", "MaskGITUViT"),
     "maskgen_vq": ("vgen.models.maskgen", "MaskGenVQ"),
     "maskgen_kl": ("vgen.models.maskgen_kl", "MaskGenKL"),
+    "tokenbridge_generator": ("vgen.models.tokenbridge", "TokenBridgeGenerator"),
 }
 REPORTED = ("precision", "calls")  # what an entry says about its sampling that is no setting of a pipeline
 
@@ -44,7 +49,10 @@ def load_published(name: str, checkpoint_dir: str | Path | None = None) -> Visua
         )
     paths = locate(name, checkpoint_dir)
     model = _generator_class(entry).from_original(paths["model"], generator_config(entry))
-    tokenizer = _tokenizer(published(entry.tokenizer), paths["tokenizer"])
+    if entry.tokenizer is None:
+        tokenizer = model.vision  # a unified model's file holds its tokenizer
+    else:
+        tokenizer = _tokenizer(published(entry.tokenizer), paths["tokenizer"])
     if hasattr(model, "read_words"):
         model.read_words(paths)
     settings = {key: value for key, value in asdict(entry.sampling).items() if key not in REPORTED}

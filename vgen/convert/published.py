@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve()
 FOLDERS = (HERE.parents[1] / "published", HERE.parents[2] / "configs" / "published")  # installed; a checkout
 VERSION = 1
 KINDS = ("generator", "tokenizer", "text_encoder")
-NESTINGS = ("flat", "model", "state_dict", "folder")
+NESTINGS = ("flat", "model", "model_ema", "state_dict", "folder")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,13 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    substeps: str = "100"  # of continuous tokens
+    substeps: int | str | None = None  # of continuous tokens
+    solver: str | None = None
+    shift: float = 1.0
+    clip: float | None = None
+    low_steps: int | None = None  # of models that make a small picture first
+    low_guidance_scale: float | None = None
+    low_substeps: int | str | None = None
     precision: str = "fp32"
     calls: int | None = None  # forward passes a picture
 

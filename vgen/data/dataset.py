@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +75,11 @@ class ImageDataset(EpochDataset):
     def labels(self) -> list[int]:
         """The labels of all samples, by index (-1: none)."""
         return [_or(self.source.label, index, -1) for index in range(len(self))]
+
+    @cached_property
+    def aesthetics(self) -> list[float]:
+        """The aesthetic scores of all samples, by index (NaN: not known)."""
+        return [_or(self.source.aesthetic, index, math.nan) for index in range(len(self))]
 
     @property
     def bad_files(self) -> list[str]:

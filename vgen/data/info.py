@@ -25,8 +25,7 @@ def describe(path: str | Path, split: str = "train", examples: int = 8) -> str:
         count, variants = len(dataset), dataset.variants
         lines = [
             f"samples: {count}" + (f" with {variants} variants each" if variants > 1 else ""),
-            f"tokens: grid {'x'.join(map(str, dataset.grid))}, vocabulary {dataset.vocabulary}, "
-            f"{len(dataset.tokens.unique())} codes used, tokenizer {dataset.tokenizer}",
+            f"tokens: grid {'x'.join(map(str, dataset.grid))}, {_values(dataset)}, tokenizer {dataset.tokenizer}",
         ]
     else:
         dataset = open_images(path, split)
@@ -58,6 +57,15 @@ def contact_sheet(dataset: ImageDataset, out: str | Path, limit: int = 196, colu
     with atomic_path(out) as temporary:
         sheet.save(temporary)
     return len(items)
+
+
+def _values(dataset: TokenDataset) -> str:
+    """What the tokens are, in words."""
+    if dataset.vocabulary is not None:
+        return f"vocabulary {dataset.vocabulary}, {len(dataset.tokens.unique())} codes used"
+    low = dataset.spec.low_grid
+    smaller = f" and a smaller picture of {'x'.join(map(str, low))}" if low else ""
+    return f"{dataset.spec.channels} floats each (standard deviation {dataset.tokens.float().std():.2f}){smaller}"
 
 
 def _class_lines(dataset: ImageDataset | TokenDataset) -> list[str]:

@@ -9,6 +9,7 @@ import csv
 import glob
 import json
 import logging
+import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ class Source(Protocol):
     def image(self, index: int) -> bytes: ...
     def caption(self, index: int) -> str: ...
     def label(self, index: int) -> int: ...
+    def aesthetic(self, index: int) -> float: ...  # how much people like the picture, about 1 to 10; NaN: not known
 
 
 def open_source(path: str | Path, split: str = "train") -> Source:
@@ -62,7 +64,8 @@ class FolderSource:
     Class: the first subfolder (label -1 and no classes for pictures outside subfolders). A folder whose only subfolders are split
     names (train, heldout, val, test…) holds splits, with one numbering of the classes for all of them. Captions, first found wins:
     `captions.csv` (columns: file or key, and caption) or `captions.json` ({file: caption} or [{"file", "caption"}]) beside the
-    subfolders, a sidecar `NAME.txt`, a sidecar `NAME.json` (key caption or text); else "". Hidden files are ignored.
+    subfolders, a sidecar `NAME.txt`, a sidecar `NAME.json` (key caption or text); else "". Aesthetic score: key aesthetic_score of
+    `NAME.json`. Hidden files are ignored.
     """
 
     kind = "image folder"
@@ -106,6 +109,10 @@ class FolderSource:
     def label(self, index: int) -> int:
         return self._numbers.get(_class_of(self.paths[index], self.root), -1)
 
+    def aesthetic(self, index: int) -> float:
+        path = self.paths[index].with_suffix(".json")
+        return _aesthetic_in(_record(path.read_bytes(), path)) if path.is_file() else math.nan
+
     @cached_property
     def _table(self) -> dict[str, str]:
         for name, read in (("captions.csv", _captions_csv), ("captions.json", _captions_json)):
@@ -125,7 +132,7 @@ class ShardSource:
     """The samples of WebDataset shards, in the order of file names and then of the file.
 
     Caption: member `.txt`, else `caption` (or `text`) of `.json`. Label: member `.cls`, else `label` of `.json`: a number, or a
-    class name. Classes: those of manifest.json, else the class names met in the shards, in alphabetical order; numbers need no names.
+    class name. Aesthetic score: `aesthetic_score` of `.json`. Classes: those of manifest.json, else the class names met in the shards, in alphabetical order; numbers need no names.
     """
 
     kind = "WebDataset shards"
@@ -161,6 +168,12 @@ class ShardSource:
     def label(self, index: int) -> int:
         value = self._raw_label(index)
         return value if isinstance(value, int) else self._numbers.get(value, -1)
+
+    def aesthetic(self, index: int) -> float:
+        sample = self.samples[index]
+        return (
+            _aesthetic_in(_record(sample.members["json"].read(), sample.key)) if "json" in sample.members else math.nan
+        )
 
     def _raw_label(self, index: int) -> int | str:
         sample = self.samples[index]
@@ -259,6 +272,13 @@ def _record(contents: bytes, name: object) -> dict:
 
 def _caption_in(record: dict) -> str:
     return str(record.get("caption", record.get("text", ""))).strip()
+
+
+def _aesthetic_in(record: dict) -> float:
+    try:
+        return float(record.get("aesthetic_score", math.nan))
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _captions_csv(path: Path) -> dict[str, str]:

@@ -21,8 +21,8 @@ from vgen.samplers.types import Condition
 class CaptionTask:
     """Training captions, and what their own pictures are. M captions, G pictures of both splits, N tokens.
 
-    picks [M]: which pictures; gallery [G, 3 * H * W] in [-1, 1]; tokens [M, N]: of the captions' pictures; held_out: the
-    token set that no model has seen.
+    picks [M]: which pictures; gallery [G, 3 * H * W] in [-1, 1]; tokens [M, N] (or latents [M, N, C]): of the captions' pictures;
+    held_out: the token set that no model has seen.
     """
 
     prompts: list[str]
@@ -44,15 +44,17 @@ class CaptionTask:
         return cls(prompts, picks, gallery, own, TokenDataset(Path(tokens) / "heldout.safetensors"))
 
     def figures(self, result: VisualOutput) -> dict[str, float]:
-        """retrieval: share whose nearest picture is the caption's own; own_tokens: share of tokens equal to its tokens; psnr:
-        mean in dB against it, at most 60 a picture. result: one picture a prompt, in order."""
+        """retrieval: share whose nearest picture is the caption's own; psnr: mean in dB against it, at most 60 a picture;
+        own_tokens, of codes only: share of tokens equal to its tokens. result: one picture a prompt, in order."""
         pixels = pixel_features(result.images)
         error = (pixels - self.gallery[self.picks]).square().mean(dim=1).clamp_min(4e-6)
-        return {
+        figures = {
             "retrieval": retrieval_share(pixels, self.gallery, self.picks),
-            "own_tokens": (result.tokens == self.tokens).float().mean().item(),
             "psnr": (10 * torch.log10(4 / error)).mean().item(),
         }
+        if not self.tokens.is_floating_point():
+            figures["own_tokens"] = (result.tokens == self.tokens).float().mean().item()
+        return figures
 
     def held_out_batches(self, pipe: VisualPipeline, chunk: int = 32) -> Iterator[tuple[Condition, Tensor]]:
         """Conditions and tokens [b, N] of the held-out pictures; unknown words are `<unknown>`."""

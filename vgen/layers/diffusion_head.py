@@ -6,6 +6,8 @@ same head. Parameter names are those of the released files. Shapes: n rows (toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from vgen.layers.modulation import Modulation, modulate
@@ -28,12 +30,12 @@ class TimeEmbedding(nn.Module):
 
 
 class HeadBlock(nn.Module):
-    """x += gate · mlp(modulate(norm x))."""
+    """x += gate · mlp(modulate(norm x)). mlp: None: MAR's two layers."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, mlp: nn.Module | None = None):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=EPS)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = mlp or nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = Modulation(width, 3)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -60,16 +62,25 @@ class HeadOutput(nn.Module):
 class DiffusionHead(nn.Module):
     """(noisy token, timestep, features) -> the noise in it, and where its variance lies in its range.
 
-    channels: C of a token; features: width of what the backbone gives; width W; layers: number of residual blocks.
+    channels: C of a token; features: width of what the backbone gives; width W; layers: number of residual blocks; outputs:
+    per token (None: 2 C, as MAR; flows have C); mlp: makes every block's MLP (giving None: MAR's).
     """
 
-    def __init__(self, channels: int, features: int, width: int, layers: int):
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        width: int,
+        layers: int,
+        outputs: int | None = None,
+        mlp: Callable[[], nn.Module | None] = lambda: None,
+    ):
         super().__init__()
         self.time_embed = TimeEmbedding(width)
         self.cond_embed = nn.Linear(features, width)
         self.input_proj = nn.Linear(channels, width)
-        self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(layers))
-        self.final_layer = HeadOutput(width, 2 * channels)
+        self.res_blocks = nn.ModuleList(HeadBlock(width, mlp()) for _ in range(layers))
+        self.final_layer = HeadOutput(width, outputs or 2 * channels)
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers, N(0, 0.02) in the time embedding, zeros in modulations, output and biases (MAR)."""
@@ -85,8 +96,11 @@ class DiffusionHead(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor) -> Tensor:
-        """x [n, C], t [n] in timesteps of the training process, features [n, D] -> [n, 2C]."""
-        condition = self.time_embed(t) + self.cond_embed(features)
+        """x [n, C], t [n] in timesteps of the training process, features [n, D] -> [n, 2C] (or `outputs`)."""
+        return self.run(x, self.time_embed(t) + self.cond_embed(features))
+
+    def run(self, x: Tensor, condition: Tensor) -> Tensor:
+        """The blocks alone: x [n, C], condition [n, W]."""
         x = self.input_proj(x)
         for block in self.res_blocks:
             x = block(x, condition)

@@ -26,6 +26,18 @@ def rope2d_table(height: int, width: int, head_dim: int, base: float = 10000.0, 
     return take_rows(_grid_table(rows, columns), torch.cat((torch.full((prefix,), -1), torch.arange(height * width))))
 
 
+def rope2d_coarse(height: int, width: int, head_dim: int, stride: tuple[int, int], base: float = 10000.0) -> Tensor:
+    """Table [height * width, head_dim/2, 2] of a map whose tokens cover `stride` (rows, columns) cells of a finer grid each.
+
+    A token stands at the centre of what it covers; stride (1, 1) is `rope2d_table`. Ours, for the coarse scales of xAR.
+    """
+    frequencies = _frequencies(head_dim, base)
+    rows, columns = (
+        _angles((torch.arange(length) + 0.5) * step - 0.5, frequencies) for length, step in zip((height, width), stride)
+    )
+    return _grid_table(rows, columns)
+
+
 def rope2d_extrapolated(
     height: int,
     width: int,

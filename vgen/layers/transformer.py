@@ -63,18 +63,37 @@ class FusedSwiGLU(nn.Module):
         return self.dropout(self.w3(F.silu(gate) * value))
 
 
-class GeluMLP(nn.Module):
-    """fc2(gelu(fc1 x)) with biases, exact GELU, dropout after both (ViT, RAR, TiTok)."""
+class GeGLU(nn.Module):
+    """fc2(gelu(fc1_g x) * fc1_x x) with biases, exact GELU (arXiv 2002.05202), under the names of xAR's files.
+
+    Dropout behind the product and behind fc2.
+    """
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0):
         super().__init__()
+        self.fc1_g = nn.Linear(width, hidden)
+        self.fc1_x = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1_g(x)) * self.fc1_x(x))))
+
+
+class GeluMLP(nn.Module):
+    """fc2(gelu(fc1 x)) with biases, dropout after both (ViT, RAR, TiTok). approximate: of GELU, "none" or "tanh" (DiT)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0, approximate: str = "none"):
+        super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x), approximate=self.approximate))))
 
 
 class Checkpointed:

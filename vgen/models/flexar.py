@@ -2,7 +2,8 @@
 
 Published with "Search over Tokens" (EPFL-VILAB/search-over-tokens); the generator of FlexTok's paper (arXiv 2502.13967,
 section 5) has the same form. The sequence is [start, token 0, token 1, …] with a learned table of positions; the output
-of slot i predicts token i. A class is one vector added to the start; a prompt is read by cross-attention in every block.
+of slot i predicts token i. A class is one vector added to the start; a prompt is read by cross-attention in every block. Ours: a
+caption as the mean vector of its words, added to the start.
 
 Any number of leading tokens is a picture, so a canvas may be shorter than the model's sequence.
 
@@ -31,9 +32,10 @@ from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
 from vgen.layers.cache import KVCache
 from vgen.layers.transformer import Checkpointed, llama_hidden
-from vgen.models.classes import ClassVocabulary, token_loss
+from vgen.models.classes import ClassVocabulary, mean_vector, token_loss
 from vgen.models.flexar_blocks import NORMS, ClassBlock, TextBlock
 from vgen.models.flexar_text import Prompts, drop_prompts, null_prompt
+from vgen.models.vocabulary import SavesVocabulary, Vocabulary
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.orders.registry import make_order
 from vgen.samplers.predictions import Logits
@@ -47,7 +49,7 @@ SIZES = {
     "1B": (1664, 26, 26),
     "3B": (2304, 36, 36),
 }
-CONDITIONINGS = ("class", "text")
+CONDITIONINGS = ("class", "words", "text")
 HEAD_DIM = 64  # of all published sizes
 PREFIXES = {"models.ar_image_model.": "", "models.text_encoder.mlp.": "text_mlp."}
 OTHER_REPOSITORIES = ("image_tokenizer", "t5_embedder")  # parts that some files carry and that load from elsewhere
@@ -63,7 +65,7 @@ def size_config(size: str | None) -> dict[str, int]:
 
 
 class Inputs(nn.Module):
-    """[start | embeddings of the tokens] plus a table of positions; the class is added to the start."""
+    """[start | embeddings of the tokens] plus a table of positions; the class (or the words) is added to the start."""
 
     def __init__(self, codes: int, tokens: int, width: int, positions: bool, classes: int):
         super().__init__()
@@ -72,11 +74,14 @@ class Inputs(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(tokens, width)) if positions else None
         self.cls_embedding = nn.Embedding(classes, width) if classes else None
 
-    def classes(self, ids: Tensor) -> Tensor:
-        """Class ids [B] -> [B, D]; the id behind the last class is none and adds nothing: no row stands for it."""
+    def classes(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """A class, or a caption's words [B, P], mask [B, P] -> their mean vector [B, D].
+
+        The id behind the last class is none and adds nothing: no row stands for it.
+        """
         count = self.cls_embedding.num_embeddings
         vectors = self.cls_embedding(ids.clamp_max(count - 1))
-        return torch.where((ids < count)[:, None], vectors, 0.0)
+        return mean_vector(torch.where((ids < count)[..., None], vectors, 0.0), mask)
 
     def forward(self, start: Tensor | None, tokens: Tensor, slots: slice) -> Tensor:
         """start [B, D]: what is added to the start, where it is among the slots; tokens [B, n] or [B, n - 1] -> [B, n, D]."""
@@ -106,12 +111,12 @@ class FlexARState:
         return FlexARState(self.cache.take_rows(index), self.start[index], memory, mask, self.rows, self.counters)
 
 
-class FlexARModel(Checkpointed, ModelMixin, ConfigMixin):
+class FlexARModel(SavesVocabulary, Checkpointed, ModelMixin, ConfigMixin):
     """Class- or text-conditional generator of FlexTok tokens (module docstring).
 
     codes: visual vocabulary; tokens: N; width, depth, heads, hidden: as in SIZES (hidden: 8/3 of the width, rounded up to
-    256); conditioning: "class" (`classes` labels) or "text" (features of `text_width` numbers); positions: learned table, or
-    none; norm: "layer" or "rms", norm_bias: whether norms have a bias; qk_norm: norms of queries and keys; bias: of linear layers but the MLPs and the head;
+    256); conditioning: "class" (`classes` labels), "words" (captions over a `Vocabulary` of `classes` entries, which training
+    sets) or "text" (features of `text_width` numbers); positions: learned table, or none; norm: "layer" or "rms", norm_bias: whether norms have a bias; qk_norm: norms of queries and keys; bias: of linear layers but the MLPs and the head;
     post_norm: a norm behind the blocks; condition_dropout: share of samples without condition in training.
 
     faithful: sample classes as the release does. Its guidance has a bug: from the second token on the unconditional rows
@@ -152,15 +157,15 @@ class FlexARModel(Checkpointed, ModelMixin, ConfigMixin):
             if value not in known:
                 raise VgenError(f"FlexAR's {name} is one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
         self.grid: Grid = (1, 1, tokens)
-        self.vocabulary: ClassVocabulary | Prompts | None = None
-        self.preprocessor = Inputs(codes, tokens, width, positions, classes if conditioning == "class" else 0)
+        self.vocabulary: ClassVocabulary | Vocabulary | Prompts | None = None
+        self.preprocessor = Inputs(codes, tokens, width, positions, 0 if conditioning == "text" else classes)
         self.text_mlp: nn.ModuleDict | None = None
         if conditioning == "class":
             self.vocabulary = ClassVocabulary(classes)
-        else:
+        elif conditioning == "text":
             layers = nn.Linear(text_width, text_width, bias=False), nn.Linear(text_width, width, bias=False)
             self.text_mlp = nn.ModuleDict(dict(zip(("fc1", "fc2"), layers)))
-        block = ClassBlock if conditioning == "class" else TextBlock
+        block = TextBlock if conditioning == "text" else ClassBlock
         options = (width, heads, hidden or llama_hidden(width), bias, qk_norm, norm, norm_bias)
         self.trunk = nn.ModuleDict({"blocks": nn.ModuleList(block(*options) for _ in range(depth))})
         if post_norm:
@@ -211,7 +216,7 @@ class FlexARModel(Checkpointed, ModelMixin, ConfigMixin):
             self.vocabulary = Prompts.from_pretrained(str(paths["text_encoder"]))
 
     def null(self, condition: Condition) -> Condition:
-        """The unconditional row of guidance for `condition`: no class, or the empty prompt that came with the prompts."""
+        """The unconditional row of guidance for `condition`: no class, no words, or the empty prompt that came with the prompts."""
         return self.vocabulary.null(len(condition.mask)) if self.text_mlp is None else null_prompt(condition)
 
     def drop(self, condition: Condition, uniform: Tensor | None = None) -> Condition:
@@ -239,7 +244,8 @@ class FlexARModel(Checkpointed, ModelMixin, ConfigMixin):
         """What is added to the start [B, D], keys and values of the prompt for every block, and its mask [B, P]."""
         blocks = self.trunk["blocks"]
         if self.text_mlp is None:
-            return self.preprocessor.classes(condition.ids[:, 0].to(self.device)), [None] * len(blocks), None
+            ids, mask = condition.ids.to(self.device), condition.mask.to(self.device)
+            return self.preprocessor.classes(ids, mask), [None] * len(blocks), None
         features = condition.extras["features"].to(self.device, self.dtype)
         text = self.text_mlp["fc2"](F.gelu(self.text_mlp["fc1"](features), approximate="tanh"))
         start = text.new_zeros(len(text), self.config.width)
@@ -316,7 +322,7 @@ class FlexARModel(Checkpointed, ModelMixin, ConfigMixin):
     def predict(self, state: FlexARState, step: Step, canvas: Canvas) -> Logits:
         """One call of the backbone over R * B rows."""
         slots = self.plan(state, step)
-        if self.config.faithful and self.text_mlp is None and state.rows > 1 and step.index == 1:
+        if self.config.faithful and self.config.conditioning == "class" and state.rows > 1 and step.index == 1:
             slots = slice(0, slots.stop)  # the start has changed, and with it everything behind it
             state.start = self._as_released(state.start, canvas.batch)
         values = canvas.values[:, max(slots.start - 1, 0) : slots.stop - 1].repeat(state.rows, 1)

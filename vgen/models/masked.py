@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -80,9 +80,9 @@ class MaskedState:
     rows: int  # R
     counters: Counters
 
-    def take_rows(self, index: Tensor) -> MaskedState:
+    def take_rows(self, index: Tensor) -> Self:
         """A state with the given rows of [R * B]."""
-        return MaskedState(tuple(part[index] for part in self.context), self.rows, self.counters)
+        return replace(self, context=tuple(part[index] for part in self.context))
 
 
 class MaskedModel(Checkpointed):
@@ -97,6 +97,7 @@ class MaskedModel(Checkpointed):
         if width % heads:
             raise VgenError(f"width {width} must be a multiple of the {heads} heads")
         self.grid: Grid = as_grid(grid)
+        self.grids: tuple[Grid, ...] = (self.grid,)  # levels of the canvas; families with several replace it
         self.gradient_checkpointing = False
 
     # ---------------------------------------------------------------- files
@@ -146,7 +147,7 @@ class MaskedModel(Checkpointed):
     @torch.no_grad()
     def start(self, conditions: Sequence[Condition], canvas: Canvas) -> MaskedState:
         """Embeds the conditions, one per guidance row."""
-        length = grid_size(self.grid)
+        length = sum(map(grid_size, self.grids))
         if canvas.values.shape[1] != length:
             raise VgenError(
                 f"this {type(self).__name__} makes {length} tokens a picture, the canvas has {canvas.values.shape[1]}"

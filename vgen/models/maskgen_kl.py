@@ -16,13 +16,12 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vgen.layers.diffusion_head import DiffusionHead
 from vgen.layers.joint import ScaleShiftNorm
 from vgen.layers.sinusoid import interleaved
+from vgen.models.heads import TokenDiffusion
 from vgen.models.masked import MaskedState, at_targets, mask_share
 from vgen.models.maskgen import WIDTHS, MaskGen
-from vgen.samplers.diffusion import GaussianDiffusion
-from vgen.samplers.diffusion_loss import diffusion_terms
+from vgen.samplers.choice import DiffusionChoice
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.predictions import Diffusion
@@ -38,6 +37,7 @@ class MaskGenKL(MaskGen, ModelMixin, ConfigMixin):
     noise levels per token and training step. The other arguments are those of `MaskGenVQ`.
     """
 
+    choice_kind = DiffusionChoice
     SIZES: ClassVar = {
         name: {"channels": 16, "grid": [1, 1, 32], **shape, "head_width": shape["width"], "head_layers": 8}
         for name, shape in WIDTHS.items()
@@ -73,8 +73,7 @@ class MaskGenKL(MaskGen, ModelMixin, ConfigMixin):
         self.decoder_blocks = self.joint_blocks(layers, width, heads)
         self.decoder_norm = ScaleShiftNorm(width)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, length, width))
-        self.diffloss = nn.ModuleDict({"net": DiffusionHead(channels, width, head_width, head_layers)})
-        self.process = GaussianDiffusion.named("cosine")
+        self.diffloss = TokenDiffusion(channels, width, head_width, head_layers)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -134,13 +133,7 @@ class MaskGenKL(MaskGen, ModelMixin, ConfigMixin):
         rounds = self.config.diffusion_batch
         features = self(condition, tokens, masked).flatten(0, 1).repeat(rounds, 1)  # whole rounds, not row by row
         target, weight = tokens.flatten(0, 1).repeat(rounds, 1), masked.flatten().repeat(rounds).to(tokens)
-        if timesteps is None:
-            timesteps = torch.randint(len(self.process), (len(target),), device=device)
-        noise = torch.randn_like(target) if noise is None else noise
-        output = self.diffloss["net"](self.process.noised(target, timesteps, noise), timesteps, features)
-        mse, bits = diffusion_terms(self.process, output, target, noise, timesteps)
-        mse, bits = ((term * weight).sum() / weight.sum() for term in (mse, bits))
-        return {"loss": mse + bits, "mse": mse.detach(), "bits": bits.detach()}
+        return self.diffloss.loss(features, target, weight, timesteps, noise)
 
     # ---------------------------------------------------------------- decoding (TokenModel)
 
@@ -154,6 +147,4 @@ class MaskGenKL(MaskGen, ModelMixin, ConfigMixin):
         tokens, masked = canvas.values.repeat(state.rows, 1, 1), ~canvas.known.repeat(state.rows, 1)
         features = self.run(state.context, tokens, masked)
         state.counters.add(*masked.shape)
-        return Diffusion(
-            at_targets(features, step, state.rows), self.diffloss["net"], self.process, self.config.channels
-        )
+        return self.diffloss.prediction(at_targets(features, step, state.rows))

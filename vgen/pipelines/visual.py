@@ -18,12 +18,12 @@ from torch import Tensor
 
 from vgen.errors import VgenError
 from vgen.layers.pixels import to_images, to_pixels
-from vgen.samplers.choice import DiffusionChoice, TokenChoice, token_choice
+from vgen.samplers.choice import SamplingSettings, TokenChoice
 from vgen.samplers.decode import decode
-from vgen.samplers.guidance import ClassifierFree
+from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
-from vgen.samplers.types import Canvas, Condition, Counters, Order, Step, grid_size
+from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order, Step, grid_size
 from vgen.tokenizers_vis.registry import TOKENIZERS
 
 # Modules whose classes a saved pipeline may hold. diffusers loads only what is imported already, and a file cannot add to this.
@@ -31,14 +31,19 @@ COMPONENTS = (
     "vgen.models.anyorder",
     "vgen.models.dar",
     "vgen.models.flexar",
+    "vgen.models.himar",
     "vgen.models.llamagen",
     "vgen.models.lumina",
+    "vgen.models.mar",
     "vgen.models.maskgen",
     "vgen.models.maskgen_kl",
     "vgen.models.maskgit",
+    "vgen.models.mingunivision",
     "vgen.models.nar",
     "vgen.models.par",
     "vgen.models.rar",
+    "vgen.models.tokenbridge",
+    "vgen.models.xar",
     *(module for module, _ in TOKENIZERS.values()),
 )
 SHIPPED = ("emoji",)  # pipelines whose weights are in the package, vgen/assets/
@@ -90,9 +95,11 @@ class VisualPipeline(DiffusionPipeline):
     """A tokenizer and a generator that fit together, with the sampling settings the generator likes.
 
     tokenizer: see tokenizers_vis/base.py; model: a TokenModel with `vocabulary` (words or classes to conditions),
-    `null(condition)` and `check_order(order)`, and in its config either `codes` or, for continuous tokens, `channels`. The
-    other arguments are defaults of a call, saved in `model_index.json`; choice: a name of `samplers.choice.RECIPES`; substeps,
-    solver: of continuous tokens.
+    `null(condition)` and `check_order(order)`, and in its config either `codes` or `channels` (with `levels` where every channel
+    is a code of its own). Its `choice_kind` says which of the settings it takes (none: TokenChoice). The other arguments are
+    defaults of a call, saved in `model_index.json`; choice: a name of `samplers.choice.RECIPES`; substeps, solver, shift, clip: of
+    continuous tokens (None: the default of their kind). A model with `grids` of its own makes a small picture first (Hi-MAR);
+    low_steps, low_guidance_scale, low_substeps are the settings of that level (None: as the model's, or as the other level's).
     """
 
     def __init__(
@@ -109,18 +116,27 @@ class VisualPipeline(DiffusionPipeline):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        substeps: str = "100",
-        solver: str = "ancestral",
+        substeps: int | str | None = None,
+        solver: str | None = None,
+        shift: float = 1.0,
+        clip: float | None = None,
+        low_steps: int | None = None,
+        low_guidance_scale: float | None = None,
+        low_substeps: int | str | None = None,
     ):
         super().__init__()
-        channels = model.config.get("channels")
-        kind, wanted, found = "codes", model.config.get("codes"), tokenizer.spec.vocabulary
-        if channels is not None:
-            kind, wanted, found = "channels a token", channels, tokenizer.spec.channels
-        if found != wanted:
-            raise VgenError(
-                f"the tokenizer has {found or 'no'} {kind}, the generator was made for {wanted}; use the tokenizer it was trained with"
-            )
+        _check_low(model, low_steps, low_guidance_scale, low_substeps)
+        spec, config = tokenizer.spec, model.config
+        kinds = {"codes": spec.vocabulary, "channels": spec.channels, "levels": spec.levels}
+        for kind, found in kinds.items():
+            wanted = config.get(kind)
+            if found != wanted:
+                raise VgenError(
+                    f"the tokenizer has {found or 'no'} {kind}, the generator was made for {wanted or 'none'}; "
+                    "use the tokenizer it was trained with"
+                )
+        if hasattr(model, "share_tables"):  # TokenBridge: both read levels, by one table
+            model.share_tables(tokenizer)
         self.register_modules(tokenizer=tokenizer, model=model)
         self.register_to_config(
             order=order,
@@ -135,7 +151,17 @@ class VisualPipeline(DiffusionPipeline):
             top_p=top_p,
             substeps=substeps,
             solver=solver,
+            shift=shift,
+            clip=clip,
+            low_steps=low_steps,
+            low_guidance_scale=low_guidance_scale,
+            low_substeps=low_substeps,
         )
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The levels of a canvas, coarse first; most models have one."""
+        return _grids(self.model)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualPipeline:
@@ -168,6 +194,10 @@ class VisualPipeline(DiffusionPipeline):
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        substeps: int | str | None = None,
+        low_steps: int | None = None,
+        low_guidance_scale: float | None = None,
+        low_substeps: int | str | None = None,
         seed: int = 0,
         init_image: Image.Image | Path | str | None = None,
         mask: Image.Image | Path | str | None = None,
@@ -176,7 +206,8 @@ class VisualPipeline(DiffusionPipeline):
         """Makes `num_images` pictures for every prompt or class label.
 
         order: a name for `make_order` (with `order_options`) or an Order; steps: forward passes where the order leaves
-        the count free; init_image and mask: white areas of the mask are made anew, tokens under black areas stay;
+        the count free; substeps: of every continuous token; low_*: of the small picture that some models make first, where
+        the others are for the whole one; init_image and mask: white areas of the mask are made anew, tokens under black areas stay;
         callback(step, canvas) is called after every step. Picture i depends on (seed, i) only, not on `batch_size`.
         Raises VgenError for anything that does not fit.
         """
@@ -184,16 +215,11 @@ class VisualPipeline(DiffusionPipeline):
             raise VgenError(
                 f"the number of images and the batch size must be at least 1, got {num_images} and {batch_size}"
             )
+        _check_low(self.model, low_guidance_scale, low_substeps)
         condition = self._condition(prompt, class_labels, num_images)
-        scale = _first(guidance_scale, self.config.guidance_scale)
-        guidance = ClassifierFree(
-            scale,
-            _first(guidance_schedule, self.config.guidance_schedule),
-            self.config.guidance_power,
-            start=1.0 if scale == 1 else self.config.guidance_start,  # scale 1 is no guidance, wherever a ramp begins
-        )
-        choice = self._choice(temperature, top_k, top_p)
-        order = self.make_order(order, steps, seed, order_options)
+        guidance = self._guidance(guidance_scale, guidance_schedule, low_guidance_scale)
+        choice = self._choice(temperature, top_k, top_p, substeps, low_substeps)
+        order = self.make_order(order, steps, seed, order_options, low_steps)
         self.model.check_order(order)
         known = self._known_tokens(init_image, mask)
         stats, tokens, images = Stats(), [], []
@@ -207,16 +233,25 @@ class VisualPipeline(DiffusionPipeline):
             for step, _ in decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples)):
                 if callback is not None:
                     callback(step, canvas)
-            stats.add(state.counters, len(samples), len(samples) * grid_size(self.model.grid))
+            stats.add(state.counters, len(samples), len(samples) * sum(map(grid_size, self.grids)))
             tokens.append(canvas.values)
             images += self.decode_tokens(canvas.values, part)
         stats.seconds = time.perf_counter() - start
         return VisualOutput(images=images, tokens=torch.cat(tokens), stats=stats)
 
     def make_order(
-        self, order: str | Order | None, steps: int | None, seed: int, options: dict[str, Any] | None = None
+        self,
+        order: str | Order | None,
+        steps: int | None,
+        seed: int,
+        options: dict[str, Any] | None = None,
+        low_steps: int | None = None,
     ) -> Order:
-        """The Order of a call: the pipeline's default when nothing is asked for; `steps` and `seed` go where they fit."""
+        """The Order of a call: the pipeline's default when nothing is asked for; `steps` and `seed` go where they fit.
+
+        A name is that of the finest level: a model with several puts its own order of the others (`low_steps`) before it.
+        """
+        _check_low(self.model, low_steps)
         if order is not None and not isinstance(order, str):
             return order
         name = order or self.config.order
@@ -230,24 +265,62 @@ class VisualPipeline(DiffusionPipeline):
             options.setdefault("steps", steps)  # an order without this option says so
         if "seed" in ORDERS[kind].options and "seed" not in written:
             options.setdefault("seed", seed)
-        return make_order(name, self.model.grid, **options)
+        made = make_order(name, self.model.grid, **options)
+        if len(self.grids) == 1:
+            return made
+        return self.model.over_levels(made, _first(low_steps, self.config.low_steps), seed)
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: Tensor, condition: Condition | None = None) -> list[Image.Image]:
-        """[B, N] codes or [B, N, C] latents -> B images. condition: what they were made for; text-aware decoders read it."""
+    def decode_tokens(self, tokens: Tensor, condition: Condition | None = None, level: int = -1) -> list[Image.Image]:
+        """[B, N] codes or [B, N, C] latents of all levels -> B images. condition: what they were made for; text-aware decoders read it.
+
+        level: which one is shown where there are several: -1 the picture, 0 the small one that was made first.
+        """
         caption = None if condition is None else condition.extras.get("decoder_text")
-        return to_images(self.tokenizer.decode(tokens.to(self.device), grid=self.model.grid, condition=caption))
+        values = tokens if len(self.grids) == 1 else Canvas(self.grids, tokens).part(level).values
+        return to_images(self.tokenizer.decode(values.to(self.device), grid=self.grids[level], condition=caption))
+
+    def _guidance(self, scale: float | None, schedule: str | None, low_scale: float | None) -> Guidance:
+        config = self.config
+
+        least = getattr(self.model, "least_guidance", 0.0)
+
+        def free(scale: float) -> ClassifierFree:
+            if scale < least:
+                raise VgenError(f"the guidance scale of this model is at least {least:g} (1: no guidance), got {scale:g}")
+            return ClassifierFree(
+                scale,
+                _first(schedule, config.guidance_schedule),
+                config.guidance_power,
+                start=1.0 if scale == 1 else config.guidance_start,  # scale 1 is no guidance, wherever a ramp begins
+            )
+
+        scale = _first(scale, config.guidance_scale)
+        if len(self.grids) == 1:
+            return free(scale)
+        return PhaseGuidance((free(_first(low_scale, _first(config.low_guidance_scale, scale))), free(scale)))
 
     def _choice(
-        self, temperature: float | None, top_k: int | None, top_p: float | None
-    ) -> TokenChoice | DiffusionChoice:
+        self,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        substeps: int | str | None,
+        low_substeps: int | str | None,
+    ) -> Any:
         config = self.config
-        temperature = _first(temperature, config.temperature)
-        if self.model.config.get("channels") is None:
-            return token_choice(config.choice, temperature, _first(top_k, config.top_k), _first(top_p, config.top_p))
-        if top_k or top_p not in (None, 1.0):
-            raise VgenError("this model makes continuous tokens, which have no top-k or top-p; leave them out")
-        return DiffusionChoice(temperature, config.substeps, config.solver)
+        settings = SamplingSettings(
+            config.choice,
+            _first(temperature, config.temperature),
+            _first(top_k, config.top_k),
+            _first(top_p, config.top_p),
+            _first(substeps, config.substeps),
+            config.solver,
+            config.shift,
+            clip=config.clip,
+            low_substeps=_first(low_substeps, config.low_substeps),
+        )
+        return getattr(self.model, "choice_kind", TokenChoice).of(settings)
 
     def _condition(
         self, prompt: str | Sequence[str] | None, labels: int | Sequence[int] | None, repeat: int
@@ -255,6 +328,11 @@ class VisualPipeline(DiffusionPipeline):
         if (prompt is None) == (labels is None):
             raise VgenError("give either prompts or class labels, not both and not neither")
         vocabulary = self.model.vocabulary
+        if vocabulary is None:
+            raise VgenError(
+                "this model reads prompts through a frozen text encoder, which its folder does not hold; give it one: "
+                'pipe.model.read_words({"text_encoder": folder})'
+            )
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             condition = vocabulary.captions(prompts, self.model.config.get("prefix_limit", 0))
@@ -266,7 +344,7 @@ class VisualPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def _known_tokens(self, init_image: Any, mask: Any) -> tuple[Tensor, Tensor] | None:
-        """Codes [N] of the init image and which of them stay [N]: cells that the mask's white area does not touch."""
+        """Codes [N] of the init image and which of them stay [N]: cells that the mask's white area does not touch. All levels."""
         if init_image is None and mask is None:
             return None
         if init_image is None or mask is None:
@@ -280,7 +358,16 @@ class VisualPipeline(DiffusionPipeline):
             raise VgenError(
                 "the tokens of a 1-D tokenizer are no places in the picture, so a mask says nothing about them; use a 2-D tokenizer"
             )
-        _, rows, columns = self.model.grid
+        codes, stays = (torch.cat(parts) for parts in zip(*(self._known_of(grid, image, area) for grid in self.grids)))
+        if stays.all():
+            raise VgenError(
+                "the mask has no white area, so there is nothing to make; paint what should be made anew white"
+            )
+        return codes, stays.to(codes.device)
+
+    def _known_of(self, grid: Grid, image: Image.Image, area: Image.Image) -> tuple[Tensor, Tensor]:
+        """Codes [N] and what stays [N] of one level: the image and its mask at that level's size."""
+        _, rows, columns = grid
         down = self.tokenizer.spec.downsample
         size = (columns * down[2], rows * down[1])
         pixels = to_pixels(image.convert("RGB") if image.mode == "P" else image)
@@ -289,14 +376,12 @@ class VisualPipeline(DiffusionPipeline):
         codes = self.tokenizer.encode(pixels[None].to(self.device))[0]
         white = to_pixels(area.convert("RGB").resize(size, Image.Resampling.BOX)).mean(dim=0) > -1 + 1e-3
         stays = ~white.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).any(dim=3).any(dim=1).flatten()
-        if stays.all():
-            raise VgenError(
-                "the mask has no white area, so there is nothing to make; paint what should be made anew white"
-            )
-        return codes, stays.to(codes.device)
+        return codes, stays
 
     def _canvas(self, samples: Tensor, known: tuple[Tensor, Tensor] | None) -> Canvas:
-        canvas = Canvas.blank(self.model.grid, samples, self.device, self.model.config.get("channels"))
+        config = self.model.config
+        codes = config.get("channels") is None or config.get("levels") is not None
+        canvas = Canvas.blank(self.grids, samples, self.device, config.get("channels"), codes=codes)
         if known is not None:
             codes, stays = known
             canvas.values[:, stays] = codes[stays]
@@ -306,6 +391,18 @@ class VisualPipeline(DiffusionPipeline):
 
 def _first(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def _grids(model: ModelMixin) -> tuple[Grid, ...]:
+    return getattr(model, "grids", (model.grid,))
+
+
+def _check_low(model: ModelMixin, *settings: Any) -> None:
+    if len(_grids(model)) == 1 and any(value is not None for value in settings):
+        raise VgenError(
+            "low_steps, low_guidance_scale and low_substeps are for models that make a small picture first (Hi-MAR), and "
+            "this one does not; leave them out"
+        )
 
 
 def _open(image: Image.Image | Path | str) -> Image.Image:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from vgen.data.tokens import TokenSetSpec
 from vgen.models.anyorder import AnyOrderModel, size_config
 from vgen.samplers.mixture import OrderMixture
 from vgen.samplers.types import Condition, Grid
@@ -58,9 +59,11 @@ class AnyOrderSystem(GeneratorSystem):
         self.mixture = mixture(config, self.train_tokens.grid)
 
     @classmethod
-    def make_model(cls, config: Config, grid: Grid, codes: int, conditions: int) -> AnyOrderModel:
+    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> AnyOrderModel:
         """See `GeneratorSystem.make_model`."""
-        return AnyOrderModel(conditions, codes, grid, **model_options(size_config(config.model.size), config.model))
+        return AnyOrderModel(
+            conditions, tokens.vocabulary, tokens.grid, **model_options(size_config(config.model.size), config.model)
+        )
 
     def draws(self, batch: int, progress: float | None, generator: Generator) -> dict[str, Tensor]:
         """Step ids [B, N]."""
@@ -78,7 +81,7 @@ def check(config: Config) -> None:
     require(bool(steps) and min(steps) > 0, "orders.steps must list counts above 0")
     require_share(config.model, "dropout", prefix="model.", below_one=True)
     require_positive(config.model, "prefix_limit", prefix="model.")
-    mixture(config, check_generator(config, AnyOrderSystem))
+    mixture(config, check_generator(config, AnyOrderSystem).grid)
 
 
 def build(config: Config, device: torch.device) -> AnyOrderSystem:

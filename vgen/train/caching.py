@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -23,12 +24,12 @@ from vgen.data.sources import splits_of
 from vgen.data.tokens import write_tokens
 from vgen.errors import VgenError
 from vgen.files import atomic_path, sha256, write_json
-from vgen.samplers.types import grid_size
 from vgen.tokenizers_vis.base import to_uint8
 from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer
 from vgen.train.metrics import psnr
 
 PART = 4096  # pictures per part: what a kill can cost at most
+CHECKED = 64  # pictures per part, about, that a decoder of many steps (FlexTok's) makes again
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,22 @@ def ten_crops(larger: ImageDataset, side: int, size: int) -> list[View]:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What caching one split found. psnr: mean over the plain pictures, decoded again (dB); used, perplexity: of the codes."""
+    """What caching one split found. psnr: mean over the plain pictures that were decoded again (dB; None: none was); tokens: a
+    sentence about them."""
 
     split: str
     images: int
     variants: int
     skipped: int
-    psnr: float
-    used: int
-    perplexity: float
-    vocabulary: int
+    psnr: float | None
+    tokens: str
     path: str
 
     def __str__(self) -> str:
         views = f" x {self.variants} views" if self.variants > 1 else ""
         skipped = f", {self.skipped} unreadable pictures skipped" if self.skipped else ""
-        return (
-            f"{self.split}: {self.images} pictures{views}{skipped}; round trip {self.psnr:.2f} dB; {self.used} of {self.vocabulary} codes "
-            f"in use (perplexity {self.perplexity:.0f}); {self.path}"
-        )
+        trip = "" if self.psnr is None else f"round trip {self.psnr:.2f} dB; "
+        return f"{self.split}: {self.images} pictures{views}{skipped}; {trip}{self.tokens}; {self.path}"
 
 
 def cache_tokens(
@@ -91,6 +89,7 @@ def cache_tokens(
     variants: int = 0,
     min_scale: float = 0.8,
     ten_crop: float = 0.0,
+    low_res: int = 0,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = print,
@@ -99,8 +98,8 @@ def cache_tokens(
 
     size: side in pixels (None: what the dataset's manifest says); flips: add the mirror image of every training picture; variants:
     add so many random crops of at least `min_scale` of a side (mirrored at random with `flips`); ten_crop: add the ten crops of
-    the pictures at so many times `size` (0: none; the released LlamaGen, PAR, NAR and RAR: 1.1). Other splits stay plain. Finished
-    splits of the same tokenizer, data and settings are kept; an interrupted split continues after its last part.
+    the pictures at so many times `size` (0: none; the released LlamaGen, PAR, NAR and RAR: 1.1). Other splits stay plain.
+    low_res: of continuous tokenizers, add the latents of every view at this size (0: none; Hi-MAR: half). Finished splits of the same tokenizer, data and settings are kept; an interrupted split continues after its last part.
     """
     if batch_size < 1 or variants < 0 or not 0 < min_scale <= 1:
         raise VgenError(
@@ -116,10 +115,15 @@ def cache_tokens(
     size = size or _manifest_size(data)
     folder = find_tokenizer(model)
     tokenizer = open_tokenizer(folder)
-    if tokenizer.spec.vocabulary is None:
-        raise VgenError(f"{folder} is a continuous tokenizer and has no codes to cache; name a discrete one")
     tokenizer.spec.grid(size, size)
+    if low_res:
+        if tokenizer.spec.vocabulary is not None or not low_res < size:
+            raise VgenError(
+                f"pictures of {low_res} pixels beside those of {size} are for continuous tokenizers, and smaller; leave out low_res"
+            )
+        tokenizer.spec.grid(low_res, low_res)
     tokenizer.to(device)
+    encode = Coder(tokenizer, low_res)
     digest = sha256(folder / SAFETENSORS_WEIGHTS_NAME)
     reports = []
     for split in splits_of(data):
@@ -132,15 +136,64 @@ def cache_tokens(
             if ten_crop:
                 side = int(size * ten_crop)
                 views += ten_crops(open_images(data, split, side), side, size)
-        settings = [digest, str(data.resolve()), split, size, flips, variants, min_scale, ten_crop, plain.keys]
+        settings = [digest, str(data.resolve()), split, size, flips, variants, min_scale, ten_crop, low_res, plain.keys]
         identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         report = _finished(out, split, identity)
         if report is None:
-            report = _cache_split(tokenizer, folder, digest, plain, views, out, split, size, identity, batch_size)
+            report = _cache_split(encode, folder, digest, plain, views, out, split, size, identity, batch_size)
             write_json(_report_path(out, split), {"identity": identity, **asdict(report)})
         reports.append(report)
         say(str(report))
     return reports
+
+
+@dataclass(frozen=True)
+class Coder:
+    """What is cached of a picture: codes, or the moments of latents, also of the picture made smaller (low_res, 0: not)."""
+
+    tokenizer: ModelMixin
+    low_res: int = 0
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        """[B, 3, H, W] -> the tensors of a token set (vgen/data/tokens.py), a row a picture."""
+        if self.tokenizer.spec.vocabulary is not None:
+            return {"tokens": self.tokenizer.encode(pixels).to(torch.int32)}
+        found = self._latents(pixels, "tokens", "deviations")
+        if self.low_res:
+            small = F.interpolate(pixels, (self.low_res, self.low_res), mode="bicubic")  # no antialias, as Hi-MAR
+            found |= self._latents(small, "low", "low_deviations")
+        return found
+
+    def _latents(self, pixels: Tensor, mean: str, deviation: str) -> dict[str, Tensor]:
+        if not hasattr(self.tokenizer, "moments"):
+            return {mean: self.tokenizer.encode(pixels)}
+        return dict(zip((mean, deviation), self.tokenizer.moments(pixels)))
+
+    def checked(self, before: int) -> bool:
+        """Whether pictures are decoded again to tell the quality, if so many of their part were before them.
+
+        Not where the decoder reads captions (TA-TiTok), and only some where it is costly.
+        """
+        config = self.tokenizer.config
+        return not config.get("text_tokens") and (before < CHECKED or "steps" not in config)
+
+    def round_trip(self, pixels: Tensor) -> Tensor:
+        """psnr [B] of the pictures decoded again, in dB."""
+        grid = self.tokenizer.spec.grid(*pixels.shape[-2:])
+        decoded = self.tokenizer.decode(self.tokenizer.encode(pixels), grid=grid)
+        return psnr(to_uint8(pixels), to_uint8(decoded)).float().cpu()
+
+    def describe(self, tensors: Mapping[str, Tensor]) -> str:
+        """The codes in use, or mean and standard deviation of the latents."""
+        tokens, vocabulary = tensors["tokens"], self.tokenizer.spec.vocabulary
+        if vocabulary is None:
+            variance = tokens.float().var()
+            if "deviations" in tensors:
+                variance = variance + tensors["deviations"].float().square().mean()
+            return f"latents of mean {tokens.float().mean():.2f} and standard deviation {variance.sqrt():.2f}"
+        counts = torch.bincount(tokens.flatten().long(), minlength=vocabulary).double()
+        perplexity = math.exp(torch.special.entr(counts / counts.sum()).sum())
+        return f"{int((counts > 0).sum())} of {vocabulary} codes in use (perplexity {perplexity:.0f})"
 
 
 def _report_path(out: Path, split: str) -> Path:
@@ -158,7 +211,7 @@ def _finished(out: Path, split: str, identity: str) -> SplitReport | None:
 
 
 def _cache_split(
-    tokenizer: ModelMixin,
+    encode: Coder,
     folder: Path,
     digest: str,
     dataset: ImageDataset,
@@ -180,72 +233,73 @@ def _cache_split(
             stop = min(start + PART, len(dataset))
             path = parts / f"{start:09d}.safetensors"
             if not path.is_file():
-                part = _encode(tokenizer, dataset, views, range(start, stop), batch_size, bar)
+                part = _encode(encode, dataset, views, range(start, stop), batch_size, bar)
                 with atomic_path(path) as temporary:
                     save_file(part, temporary)
             else:
                 bar.update(stop - start)
     loaded = [load_file(parts / f"{start:09d}.safetensors") for start in starts]
-    whole = {key: torch.cat([part[key] for part in loaded]) for key in ("tokens", "psnr", "index")}
-    indices = whole["index"].tolist()
-    target = out / f"{split}.safetensors"
+    names = dict.fromkeys(key for part in loaded for key in part)  # a part without readable pictures has no tokens
+    whole = {key: torch.cat([part[key] for part in loaded if key in part]) for key in names}
+    indices, quality = whole.pop("index").tolist(), whole.pop("psnr")
+    tensors = whole if len(views) > 1 else {key: part[:, 0] for key, part in whole.items()}
+    target, spec, low = out / f"{split}.safetensors", encode.tokenizer.spec, encode.low_res
     _report_path(out, split).unlink(missing_ok=True)  # the old report must not vouch for half-written new files
     write_tokens(
         target,
-        whole["tokens"] if len(views) > 1 else whole["tokens"][:, 0],
+        tensors["tokens"],
         captions=[dataset.captions[i] for i in indices],
         labels=[dataset.labels[i] for i in indices],
         keys=[dataset.keys[i] for i in indices],
-        grid=tokenizer.spec.grid(size, size),
-        vocabulary=tokenizer.spec.vocabulary,
+        grid=spec.grid(size, size),
+        vocabulary=spec.vocabulary,
         tokenizer=str(folder),
         tokenizer_sha256=digest,
         class_names=dataset.class_names,
+        low_grid=spec.grid(low, low) if low else None,
+        more={key: part for key, part in tensors.items() if key != "tokens"},
+        aesthetics=[] if all(map(math.isnan, dataset.aesthetics)) else [dataset.aesthetics[i] for i in indices],
     )
     shutil.rmtree(parts)
-    counts = torch.bincount(whole["tokens"].flatten().long(), minlength=tokenizer.spec.vocabulary).double()
-    perplexity = math.exp(torch.special.entr(counts / counts.sum()).sum())
     return SplitReport(
         split=split,
         images=len(indices),
         variants=len(views),
         skipped=len(dataset) - len(indices),
-        psnr=whole["psnr"].mean().item(),
-        used=int((counts > 0).sum()),
-        perplexity=perplexity,
-        vocabulary=tokenizer.spec.vocabulary,
+        psnr=quality.mean().item() if len(quality) else None,
+        tokens=encode.describe(whole),
         path=str(target),
     )
 
 
 @torch.no_grad()
 def _encode(
-    tokenizer: ModelMixin, dataset: ImageDataset, views: Sequence[View], indices: range, batch_size: int, bar: tqdm
+    encode: Coder, dataset: ImageDataset, views: Sequence[View], indices: range, batch_size: int, bar: tqdm
 ) -> dict[str, Tensor]:
-    """tokens [M, A, N] int32, psnr [M] of the plain view, index [M] of the readable pictures."""
+    """What `encode` gives, [M, A, …] each; psnr of those plain views that were decoded again; index [M] of the readable pictures."""
     # A dataset replaces an unreadable picture by the next readable one: its key tells.
-    tokens, quality, kept = [], [], []
+    rows: dict[str, list[Tensor]] = {}
+    quality, kept = [], []
     for start in range(0, len(indices), batch_size):
         wanted = indices[start : start + batch_size]
         readable = [i for i in wanted if dataset[i]["key"] == dataset.keys[i]]
         bar.update(len(wanted))
         if not readable:
             continue
-        codes = []
+        found = []
         for number, view in enumerate(views):
-            pixels = torch.stack([view.pixels(i) for i in readable]).to(tokenizer.device)
-            codes.append(tokenizer.encode(pixels))
-            if number == 0:
-                grid = tokenizer.spec.grid(*pixels.shape[-2:])
-                quality.append(psnr(to_uint8(pixels), to_uint8(tokenizer.decode(codes[0], grid=grid))).float().cpu())
-        tokens.append(torch.stack(codes, dim=1).to("cpu", torch.int32))
+            pixels = torch.stack([view.pixels(i) for i in readable]).to(encode.tokenizer.device)
+            found.append(encode(pixels))
+            if number == 0 and encode.checked(start):
+                quality.append(encode.round_trip(pixels))
+        for key in found[0]:
+            rows.setdefault(key, []).append(torch.stack([part[key] for part in found], dim=1).cpu())
         kept += readable
-    count = grid_size(tokenizer.spec.grid(dataset.size, dataset.size))
-    empty = torch.empty(0, len(views), count, dtype=torch.int32)
+    index = torch.tensor(kept, dtype=torch.int64)
     return {
-        "tokens": torch.cat([empty, *tokens]),
+        **{key: torch.cat(parts) for key, parts in rows.items()},
         "psnr": torch.cat([torch.empty(0), *quality]),
-        "index": torch.tensor(kept, dtype=torch.int64),
+        "index": index,
     }
 
 

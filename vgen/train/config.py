@@ -44,6 +44,9 @@ class OptimizerConfig:
     warmup_steps: int = 100
     schedule: str = "cosine"
     final_lr: float = 0.0  # share of `lr` left at the last step (cosine)
+    decay_from: float = (
+        0.0  # share of the run at which the cosine begins; before it `lr` is constant, behind the warm-up
+    )
     milestones: list[float] = field(default_factory=list)  # multistep
     drop: float = 0.1  # multistep
     clip: float = 1.0  # largest gradient norm; 0: no clipping
@@ -178,6 +181,10 @@ def check_optimizer(config: OptimizerConfig, prefix: str) -> None:
     require_not_negative(config, "weight_decay", "warmup_steps", "clip", prefix=prefix)
     require_share(config, "beta1", "beta2", "momentum", prefix=prefix, below_one=True)
     require_share(config, "final_lr", "drop", prefix=prefix)
+    require_share(config, "decay_from", prefix=prefix, below_one=True)
+    require(
+        config.schedule == "cosine" or config.decay_from == 0, f"{prefix}decay_from is for the schedule cosine alone"
+    )
     marks = config.milestones
     require(
         all(0 < mark < 1 for mark in marks) and bool(marks) == (config.schedule == "multistep"),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
+from vgen.data.tokens import TokenSetSpec
 from vgen.models.dar import DARModel
-from vgen.samplers.types import Grid
 from vgen.tokenizers_vis.registry import find_tokenizer, saved_class
 from vgen.train.config import require, require_share
 from vgen.train.generator import GeneratorConfig, GeneratorSystem, check_generator, model_options
@@ -40,13 +40,13 @@ class DARSystem(GeneratorSystem):
     """DAR."""
 
     @classmethod
-    def make_model(cls, config: Config, grid: Grid, codes: int, conditions: int) -> DARModel:
+    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> DARModel:
         """See `GeneratorSystem.make_model`."""
         options: dict[str, Any] = model_options(DARModel.size_config(config.model.size), config.model)
         return DARModel(
-            codes=codes,
+            codes=tokens.vocabulary,
             code_channels=_code_channels(config.data.tokenizer),
-            grid=grid,
+            grid=tokens.grid,
             conditioning=config.condition.kind,
             classes=conditions,
             condition_dropout=config.condition.dropout,

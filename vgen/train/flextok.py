@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from vgen.data.batches import batches
-from vgen.samplers.flow import FlowGuidance, mode_times
+from vgen.samplers.flow import TIMES, FlowGuidance
+from vgen.tokenizers_vis.alignment import Teacher
 from vgen.tokenizers_vis.base import to_uint8
 from vgen.tokenizers_vis.flextok import FlexTok, token_counts
-from vgen.tokenizers_vis.flextok_training import KEEP, FlexTokObjective, Teacher
+from vgen.tokenizers_vis.flextok_training import KEEP, FlexTokObjective
 from vgen.tokenizers_vis.flextok_vae import FlexTokVAE
 from vgen.tokenizers_vis.registry import TOKENIZERS, find_tokenizer, open_tokenizer
 from vgen.train.config import (
@@ -62,7 +63,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class LossConfig:
     """keep: how many tokens a sample keeps, a name of `KEEP`; null_dropout: share of samples without any token, which guidance
-    needs; mode_scale: how much denser times are in the middle (0: uniform).
+    needs; times: how times are drawn, a name of `samplers.flow.TIMES`; mode_scale: of `mode`, how much denser times are in the
+    middle (0: uniform).
 
     alignment_model: DINOv2 of transformers (name or folder) whose features the decoder's block 1 is aligned with (None: not at
     all); alignment_weight, alignment_hidden: weight of that term and width of its head; alignment_size: side in pixels.
@@ -70,6 +72,7 @@ class LossConfig:
 
     keep: str = "pow2"
     null_dropout: float = 0.1
+    times: str = "mode"
     mode_scale: float = 0.25
     alignment_model: str | None = None
     alignment_weight: float = 1.0
@@ -105,6 +108,7 @@ def check(config: Config) -> None:
     data, loss, sampling = config.data, config.loss, config.sampling
     check_data(data)
     require_choice("loss.keep", loss.keep, KEEP)
+    require_choice("loss.times", loss.times, TIMES)
     require_share(loss, "null_dropout", prefix="loss.")
     require_not_negative(loss, "mode_scale", "alignment_weight", prefix="loss.")
     require_positive(loss, "alignment_hidden", "alignment_size", prefix="loss.")
@@ -199,7 +203,7 @@ class FlexTokSystem:
             latents = self.model.latents(pixels, draws[0])
             with autocast(self.config, device):
                 teacher = None if self.teacher is None else self.teacher(pixels)
-        times = mode_times(uniform[0], loss.mode_scale)
+        times = TIMES[loss.times](uniform[0], loss.mode_scale)
         keep = KEEP[loss.keep](uniform[1], self.model.config.registers)
         return dict(self.networks["flextok"](latents, draws[1], times, keep, uniform[2] < loss.null_dropout, teacher))
 

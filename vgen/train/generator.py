@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from vgen.data.batches import batches, collate
-from vgen.data.tokens import TokenDataset
+from vgen.data.tokens import TokenDataset, TokenSetSpec
 from vgen.errors import VgenError
 from vgen.files import sha256
 from vgen.models.classes import ClassVocabulary
 from vgen.models.text_condition import T5Captions
 from vgen.models.vocabulary import Vocabulary
 from vgen.pipelines.visual import VisualPipeline
-from vgen.samplers.types import Condition, Grid
+from vgen.samplers.types import Condition
 from vgen.tokenizers_vis.registry import open_tokenizer
 from vgen.train.config import (
     TrainConfig,
@@ -56,8 +56,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class ConditionConfig:
     """kind: `words` (captions over a vocabulary made of the training captions), `class` (labels), or `text` (captions through
-    the frozen T5 `text_encoder`, a name or folder of transformers). dropout: share of samples without a condition, for guidance.
-    class_share: share of samples that see their class instead of their caption (`words` only).
+    the family's frozen `text_encoder`, a T5 or CLIP, as a name or folder of transformers). dropout: share of samples without a
+    condition, for guidance. class_share: share of samples that see their class instead of their caption (`words` only).
     """
 
     kind: str = "words"
@@ -75,10 +75,18 @@ class SamplingConfig:
     guidance_scale: float = 3.0
     guidance_schedule: str = "constant"
     guidance_power: float = 1.5
+    guidance_start: float = 1.0
     choice: str = "plain"  # of `samplers.choice.RECIPES`: what the temperature means
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    substeps: int | str | None = None  # of continuous tokens
+    solver: str | None = None
+    shift: float = 1.0
+    clip: float | None = None
+    low_steps: int | None = None  # of models that make a small picture first
+    low_guidance_scale: float | None = None
+    low_substeps: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,16 +118,22 @@ class GeneratorSystem:
 
     averaged: Sequence[str] = ("model",)
     items = "images"
-    score = ("cross_entropy", -1)
+    score = ("cross_entropy", -1)  # continuous families: ("loss", -1)
+    continuous: ClassVar[bool] = False  # trained on latents instead of codes
     conditions: ClassVar[Sequence[str]] = ("words", "class")  # kinds that the family can take
+    captions_kind: ClassVar[type] = T5Captions  # what makes conditions of captions where the kind is "text"
 
     @classmethod
-    def make_model(cls, config: Any, grid: Grid, codes: int, conditions: int) -> ModelMixin:
-        """A model with fresh weights. conditions: entries of its vocabulary. Raises VgenError for impossible sizes."""
+    def make_model(cls, config: Any, tokens: TokenSetSpec, conditions: int) -> ModelMixin:
+        """A model of `tokens` with fresh weights. conditions: entries of its vocabulary. Raises VgenError for impossible sizes."""
         raise NotImplementedError
 
     def draws(self, batch: int, progress: float | None, generator: Generator) -> dict[str, Tensor]:
         """Further arguments of the model's loss, on the CPU. progress: share of the training done; None: evaluation."""
+        return {}
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Further arguments of the model's loss that the data holds (Hi-MAR: the latents of the smaller pictures)."""
         return {}
 
     def __init__(self, config: Any, device: torch.device):
@@ -138,15 +152,15 @@ class GeneratorSystem:
         """Work on a fresh model that needs the tokenizer (DAR's codebook)."""
 
     def _make_model(self) -> ModelMixin:
-        entries = 0 if isinstance(self.vocabulary, T5Captions) else len(self.vocabulary)
-        model = self.make_model(self.config, self.train_tokens.grid, self.train_tokens.vocabulary, entries)
+        entries = 0 if self.config.condition.kind == "text" else len(self.vocabulary)
+        model = self.make_model(self.config, self.train_tokens.spec, entries)
         model.vocabulary = self.vocabulary
         return model
 
-    def _vocabulary(self) -> Vocabulary | ClassVocabulary | T5Captions:
+    def _vocabulary(self) -> Vocabulary | ClassVocabulary | Any:
         condition, data = self.config.condition, self.train_tokens
         if condition.kind == "text":
-            captions = T5Captions.from_pretrained(condition.text_encoder)
+            captions = self.captions_kind.from_pretrained(condition.text_encoder)
             captions.encoder.requires_grad_(False).to(self.device)
             return captions
         if condition.kind == "class":
@@ -177,14 +191,16 @@ class GeneratorSystem:
         host = torch.Generator().manual_seed(generator.initial_seed())
         condition = self.condition(batch["caption"], batch["label"], host)
         draws = self.draws(len(batch["tokens"]), step / self.config.steps, host)
-        terms = self._objective(condition, batch["tokens"], draws)
+        terms = self._objective(condition, batch, draws)
         yield Loss("model", terms.pop("loss"), terms)
 
-    def _objective(self, condition: Condition, tokens: Tensor, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        device = self.device
+    def _objective(
+        self, condition: Condition, batch: Mapping[str, Any], draws: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        device, draws = self.device, {**draws, **self.inputs(batch)}
         extras, draws = ({name: value.to(device) for name, value in part.items()} for part in (condition.extras, draws))
         ids, mask = condition.ids.to(device), condition.mask.to(device)
-        return dict(self.networks["model"](ids, mask, extras, tokens.to(device), draws))
+        return dict(self.networks["model"](ids, mask, extras, batch["tokens"].to(device), draws))
 
     def condition(self, captions: Sequence[str], labels: Tensor, draws: Generator) -> Condition:
         """Conditions of a batch, some of them dropped, by the shares of the config."""
@@ -198,7 +214,7 @@ class GeneratorSystem:
 
     def full_condition(self, captions: Sequence[str], labels: Tensor, by_class: Tensor | None = None) -> Condition:
         """Conditions of a batch: the classes, or the captions (words: cut to what the model takes; the class where `by_class`)."""
-        if isinstance(self.vocabulary, T5Captions):
+        if self.config.condition.kind == "text":
             return self.vocabulary.captions(captions)
         if isinstance(self.vocabulary, ClassVocabulary):
             return self.vocabulary.labels(labels.tolist())
@@ -236,23 +252,27 @@ class GeneratorSystem:
         return sheet(images, names, columns=4, scale=max(1, 128 // images[0].width))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Cross-entropy (nats per token) with conditions: held-out, and of as many training rows.
+        """The objective (cross-entropy in nats per token) with conditions: held-out, and of as many training rows.
 
         The draws are the same at every call, so figures compare along a run.
         """
-        held_out = self.cross_entropy(self.held_out, range(len(self.held_out)))
-        train = self.cross_entropy(self.train_tokens, spread(len(self.train_tokens), len(self.held_out)))
-        return {"cross_entropy": held_out, "cross_entropy_train": train}
+        name = self.score[0]
+        held_out = self.objective(self.held_out, range(len(self.held_out)))
+        train = self.objective(self.train_tokens, spread(len(self.train_tokens), len(self.held_out)))
+        return {name: held_out, f"{name}_train": train}
 
-    def cross_entropy(self, dataset: TokenDataset, indices: Sequence[int], chunk: int = 64) -> float:
+    def objective(self, dataset: TokenDataset, indices: Sequence[int], chunk: int = 64) -> float:
         """Mean loss over rows of a token set, with the objective of training."""
-        draws = torch.Generator().manual_seed(derived_seed(self.config.seed, "evaluate"))
-        rows, total = list(indices), 0.0
-        for start in range(0, len(rows), chunk):
-            batch = collate([dataset[i] for i in rows[start : start + chunk]])
-            condition = self.full_condition(batch["caption"], batch["label"])
-            terms = self._objective(condition, batch["tokens"], self.draws(len(batch["tokens"]), None, draws))
-            total += terms["loss"].item() * len(batch["tokens"])
+        seed = derived_seed(self.config.seed, "evaluate")
+        draws, rows, total = torch.Generator().manual_seed(seed), list(indices), 0.0
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # heads draw times and noise from the global generator
+            torch.manual_seed(seed)
+            for start in range(0, len(rows), chunk):
+                batch = collate([dataset[i] for i in rows[start : start + chunk]])
+                condition = self.full_condition(batch["caption"], batch["label"])
+                terms = self._objective(condition, batch, self.draws(len(batch["tokens"]), None, draws))
+                total += terms["loss"].item() * len(batch["tokens"])
         return total / len(rows)
 
     # ---------------------------------------------------------------- files
@@ -275,8 +295,8 @@ class GeneratorSystem:
         )
 
 
-def check_generator(config: Any, system: type[GeneratorSystem]) -> Grid:
-    """Raises VgenError for settings that cannot work; of the data only the small description is read. Returns its grid."""
+def check_generator(config: Any, system: type[GeneratorSystem]) -> TokenSetSpec:
+    """Raises VgenError for settings that cannot work; of the data only the small description is read. Returns its shape."""
     data = config.data
     require(bool(data.tokens), "data.tokens must name a folder written by `vgen tokenize`")
     for split in (data.train_split, data.held_out_split):
@@ -296,13 +316,18 @@ def check_generator(config: Any, system: type[GeneratorSystem]) -> Grid:
         f"condition.class_share mixes classes into words; leave it at 0 for condition.kind={condition.kind}",
     )
     require_not_negative(config.sampling, "temperature", "top_k", "guidance_scale", prefix="sampling.")
-    grid, codes, classes = _token_set(config)
+    tokens, classes = _token_set(config)
     require(
         condition.kind != "class" or classes > 0, f"condition.kind=class: the token set {data.tokens} has no classes"
     )
+    require(
+        (tokens.vocabulary is None) == system.continuous,
+        f"data.tokens: {data.tokens} holds {'latents' if tokens.vocabulary is None else 'codes'}, this system trains on "
+        f"{'latents of a continuous' if system.continuous else 'codes of a discrete'} tokenizer; run `vgen tokenize` with one",
+    )
     with torch.device("meta"):
-        system.make_model(config, grid, codes, 8)  # raises for impossible sizes
-    return grid
+        system.make_model(config, tokens, 8)  # raises for impossible sizes
+    return tokens
 
 
 def model_options(size_config: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -311,12 +336,12 @@ def model_options(size_config: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return {**size_config, **chosen}
 
 
-def _token_set(config: Any) -> tuple[Grid, int, int]:
-    """Grid, number of codes and number of classes, from the training set's description."""
+def _token_set(config: Any) -> tuple[TokenSetSpec, int]:
+    """Shape and number of classes, from the training set's description."""
     path = Path(config.data.tokens) / f"{config.data.train_split}.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(record["grid"]), record["vocabulary"], len(record["class_names"])
+        return TokenSetSpec.of_record(record), len(record["class_names"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VgenError(
             f"{path} does not describe a token set ({error}); make it again with `vgen tokenize`"

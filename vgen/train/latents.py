@@ -1,6 +1,6 @@
 """What training does about a tokenizer's latent, beside reconstructing: losses, figures, warnings, rescue of unused codes.
 
-`Codes` for discrete tokenizers, `Gaussians` for continuous ones; the TokenSpec decides.
+`Codes` for discrete tokenizers, `Gaussians` for continuous ones with a posterior, `Points` for those without.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from vgen.train.system import autocast
 ACTIVE = 0.01  # variance over pictures from which on a latent number says something (arXiv 1509.00519, section 5.2)
 
 
-def latent_kind(config: Any, model: ModelMixin) -> Codes | Gaussians:
+def latent_kind(config: Any, model: ModelMixin) -> Codes | Gaussians | Points:
     """The right one for a tokenizer."""
-    return Gaussians(config, model) if model.spec.vocabulary is None else Codes(config, model)
+    if model.spec.vocabulary is not None:
+        return Codes(config, model)
+    return Gaussians(config, model) if hasattr(model, "posterior") else Points(config)
 
 
 class Codes:
@@ -140,6 +142,49 @@ class Gaussians:
         model.eval().calibrate(pixels)
 
 
+class Points:
+    """Latents without a posterior [B, N, C], `tokens` of a forward's output: their scale, and whether they tell pictures apart."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.latest: Tensor | None = None  # share of the variance that lies between the pictures of the step at hand
+
+    def logs(self, output: Any) -> dict[str, Tensor]:
+        """Figures of a training step."""
+        found = _spread(output.tokens.detach().float())
+        self.latest = found["latent_between"]
+        return found
+
+    def after_step(self, step: int) -> list[str]:
+        """Says when latents hardly differ from picture to picture."""
+        done, config = step + 1, self.config
+        if config.batch_size < 2 or done % config.log_every or done < 0.1 * config.steps or self.latest.item() >= ACTIVE:
+            return []
+        return [
+            f"warning: only {self.latest.item():.2%} of the latents' variance lies between pictures: they say next to nothing; lower the "
+            "learning rate, or lengthen the warm-up"
+        ]
+
+    def record(self, output: Any) -> Tensor:
+        """What `figures` needs of a forward: the latents."""
+        return output.tokens.float()
+
+    def figures(self, records: list[Tensor]) -> dict[str, float]:
+        """Mean and standard deviation of the latents, and the share of their variance that lies between pictures."""
+        return {name: value.item() for name, value in _spread(torch.cat(records)).items()}
+
+    def finish(self, model: ModelMixin, pixels: Tensor) -> None:
+        """Gives the model the scale of its latents on these pictures, which generators rely on."""
+        model.eval().calibrate(pixels)
+
+
 def _moments(mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of samples of the posteriors."""
     return mean.mean(), (mean.var() + log_variance.exp().mean()).sqrt()
+
+
+def _spread(latents: Tensor) -> dict[str, Tensor]:
+    """Mean and standard deviation of latents [B, N, C], and the share of their variance that lies between pictures."""
+    std, mean = torch.std_mean(latents)
+    between = latents.var(dim=0, correction=0).mean() / std.square()
+    return {"latent_mean": mean, "latent_std": std, "latent_between": between}

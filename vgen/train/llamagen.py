@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from vgen.data.tokens import TokenSetSpec
 from vgen.models.llama_backbone import LlamaBackbone
 from vgen.models.llamagen import LlamaGenModel
-from vgen.samplers.types import Grid
 from vgen.train.config import require_share
 from vgen.train.generator import GeneratorConfig, GeneratorSystem, check_generator, model_options
 
@@ -45,12 +45,12 @@ class LlamaSystem(GeneratorSystem):
     model_class: ClassVar[type[LlamaBackbone]]
 
     @classmethod
-    def make_model(cls, config: Any, grid: Grid, codes: int, conditions: int) -> LlamaBackbone:
+    def make_model(cls, config: Any, tokens: TokenSetSpec, conditions: int) -> LlamaBackbone:
         """See `GeneratorSystem.make_model`."""
         options = model_options(cls.model_class.size_config(config.model.size), config.model)
         if config.condition.kind != "text":
             options["classes"] = conditions
-        options |= {"codes": codes, "grid": grid}  # a PAR size has the grid of its published file
+        options |= {"codes": tokens.vocabulary, "grid": tokens.grid}  # a PAR size has the grid of its published file
         condition = config.condition
         return cls.model_class(conditioning=condition.kind, condition_dropout=condition.dropout, **options)
 

@@ -143,16 +143,23 @@ class Trainer:
         self.figures = {**self.figures, **values}
         return values[self.system.score[0]] if self.system.score else None
 
-    def preview(self, step: int) -> None:
-        """Writes `previews/step_*.png`. Not under FSDP2: a sharded network works through its forward alone, sampling does not."""
+    def preview(self, step: int) -> str | None:
+        """Writes `previews/step_*.png`; what went wrong, if it did: latents of a young model may be beyond what the tokenizer decodes.
+
+        Not under FSDP2: a sharded network works through its forward alone, sampling does not.
+        """
         if self.accelerator.is_fsdp2:
-            return
+            return None
         torch.manual_seed(derived_seed(self.config.seed, "preview"))
         with self.averaged_weights():
-            picture = self.system.preview(step)
+            try:
+                picture = self.system.preview(step)
+            except VgenError as error:
+                return str(error)
         if picture is not None and self.main:
             with atomic_path(self.folder / "previews" / f"step_{step:08d}.png") as temporary:
                 picture.save(temporary)
+        return None
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -312,8 +319,8 @@ def train(config: TrainConfig, allow_changes: bool = False) -> Summary:
             log.figures(done, values)
             trainer.figures = {**trainer.figures, "loss": values["loss"]}
             score = trainer.evaluate(done, log) if evaluating else None
-            if previewing:
-                trainer.preview(done)
+            if previewing and (trouble := trainer.preview(done)) is not None:
+                log.say(f"step {done}: no preview ({trouble})")
             if saving:
                 last_checkpoint, saved_at = trainer.save(done, score), time.monotonic()
                 log.say(f"step {done}: saved {last_checkpoint}")

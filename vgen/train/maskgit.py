@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
+from vgen.data.tokens import TokenSetSpec
 from vgen.models.masked import MASK_SCHEDULES
 from vgen.models.maskgit import MaskGIT, MaskGITUViT, MaskGITViT
-from vgen.samplers.types import Grid, grid_size
+from vgen.samplers.types import grid_size
 from vgen.train.config import require, require_choice, require_not_negative, require_share
 from vgen.train.generator import GeneratorConfig, GeneratorSystem, check_generator, model_options
 
@@ -48,11 +49,11 @@ class MaskGITSystem(GeneratorSystem):
     """MaskGIT, either network. Its score is the objective of training: label smoothing and the masks are part of it."""
 
     @classmethod
-    def make_model(cls, config: Config, grid: Grid, codes: int, conditions: int) -> MaskGIT:
+    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> MaskGIT:
         """See `GeneratorSystem.make_model`."""
         network = NETWORKS[SIZES[config.model.size]]
         options = model_options(network.size_config(config.model.size), config.model)
-        options |= {"codes": codes, "grid": grid, "classes": conditions}
+        options |= {"codes": tokens.vocabulary, "grid": tokens.grid, "classes": conditions}
         condition = config.condition
         return network(conditioning=condition.kind, condition_dropout=condition.dropout, **options)
 

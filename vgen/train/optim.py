@@ -55,14 +55,15 @@ def _hidden_matrices(network: nn.Module, config: OptimizerConfig) -> set[str]:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of `step` (0-based): linear warm-up, then constant, in drops, or a cosine to `final_lr * lr` at the last of `steps`."""
+    """Learning rate of `step` (0-based): linear warm-up, then constant, in drops, or a cosine (from `decay_from` on) to `final_lr * lr` at the last of `steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "multistep":
         return config.lr * config.drop ** sum(step >= mark * steps for mark in config.milestones)
-    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
+    start = max(config.warmup_steps, config.decay_from * steps)
+    progress = min(1.0, max(0.0, step - start) / max(1, steps - 1 - start))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 

@@ -82,16 +82,24 @@ def open_pictures(data: DataConfig, seed: int) -> tuple[ImageDataset, ImageDatas
     return train, open_images(data.path, data.held_out_split, data.size, cache=data.cache)
 
 
-def check_pictures(config: PictureConfig, families: Sequence[str]) -> None:
-    """Raises VgenError for data and model settings that cannot work, before pictures or weights are loaded."""
+def check_pictures(config: PictureConfig, families: Sequence[str]) -> ModelMixin:
+    """Raises VgenError for data and model settings that cannot work, before pictures or weights are loaded.
+
+    Returns the model on the meta device.
+    """
     check_data(config.data)
     require_choice("family", config.family, families)
     with torch.device("meta"):
         model = make_model(config)  # raises for impossible sizes
     model.spec.grid(config.data.size, config.data.size)
-    require_not_negative(config.loss, "restart_every", "restart_until", prefix="loss.")
+    return model
+
+
+def check_restarts(loss: Any, model: ModelMixin) -> None:
+    """Raises VgenError for a revival of unused codes that cannot work with this tokenizer."""
+    require_not_negative(loss, "restart_every", "restart_until", prefix="loss.")
     require(
-        config.loss.restart_every == 0 or model.config.get("usage_window", 0) > 0,
+        loss.restart_every == 0 or model.config.get("usage_window", 0) > 0,
         "loss.restart_every needs to know which codes are unused: set model.usage_window (65536, say) of a tokenizer with a codebook",
     )
 

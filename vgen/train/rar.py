@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
+from vgen.data.tokens import TokenSetSpec
 from vgen.models.rar import RARModel, draw_orders, random_share
-from vgen.samplers.types import Grid, grid_size
+from vgen.samplers.types import grid_size
 from vgen.train.config import require_share
 from vgen.train.generator import GeneratorConfig, GeneratorSystem, check_generator, model_options
 
@@ -46,11 +47,11 @@ class RARSystem(GeneratorSystem):
     """RAR."""
 
     @classmethod
-    def make_model(cls, config: Config, grid: Grid, codes: int, conditions: int) -> RARModel:
+    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> RARModel:
         """See `GeneratorSystem.make_model`."""
         return RARModel(
-            codes=codes,
-            grid=grid,
+            codes=tokens.vocabulary,
+            grid=tokens.grid,
             conditioning=config.condition.kind,
             classes=conditions,
             condition_dropout=config.condition.dropout,

@@ -25,13 +25,20 @@ SYSTEMS = {
     "vq_tokenizer": "vgen.train.tokenizer",  # its name before it trained other families
     "titok_proxy": "vgen.train.titok_proxy",
     "flextok": "vgen.train.flextok",
+    "mingtok": "vgen.train.mingtok",
     "anyorder": "vgen.train.anyorder",
     "llamagen": "vgen.train.llamagen",
     "par": "vgen.train.par",
     "nar": "vgen.train.nar",
     "dar": "vgen.train.dar",
     "rar": "vgen.train.rar",
+    "mar": "vgen.train.mar",
+    "himar": "vgen.train.himar",
+    "xar": "vgen.train.xar",
     "maskgit": "vgen.train.maskgit",
+    "maskgen": "vgen.train.maskgen",
+    "flexar": "vgen.train.flexar",
+    "tokenbridge": "vgen.train.tokenbridge",
 }
 
 

@@ -19,7 +19,7 @@ from vgen.tokenizers_vis.maskgit_vqgan import MaskGITVQGAN
 from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer
 from vgen.tokenizers_vis.titok_legacy import TiTokLegacy, pixel_half, proxy_loss
 from vgen.train.config import require
-from vgen.train.pictures import PictureConfig, PictureSystem, check_pictures, make_model
+from vgen.train.pictures import PictureConfig, PictureSystem, check_pictures, check_restarts, make_model
 from vgen.train.system import Loss
 
 
@@ -48,7 +48,7 @@ def check(config: Config) -> None:
         bool(config.proxy),
         "proxy must name the MaskGIT-VQGAN whose codes are predicted: the published file or a folder",
     )
-    check_pictures(with_pixel_half(config, open_proxy(config)), ("titok_legacy",))
+    check_restarts(config.loss, check_pictures(with_pixel_half(config, open_proxy(config)), ("titok_legacy",)))
 
 
 def open_proxy(config: Config) -> MaskGITVQGAN:

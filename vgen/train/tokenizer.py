@@ -19,7 +19,6 @@ from torch import Generator, Tensor, nn
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.tokenizers_vis.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, RECONSTRUCTION_LOSSES, VQLoss
 from vgen.tokenizers_vis.patchgan import BlurDiscriminator, PatchDiscriminator
-from vgen.tokenizers_vis.perceptual import LPIPS, ConvNeXtDistance, PyramidLoss, WeightedMean
 from vgen.train.config import (
     OptimizerConfig,
     check_optimizer,
@@ -28,18 +27,11 @@ from vgen.train.config import (
     require_not_negative,
     require_positive,
 )
-from vgen.train.pictures import PictureConfig, PictureSystem, check_pictures, make_model
+from vgen.train.perceptual import PerceptualConfig, check_perceptual, make_perceptual
+from vgen.train.pictures import PictureConfig, PictureSystem, check_pictures, check_restarts, make_model
 from vgen.train.system import Loss, autocast
 
-FAMILIES = ("vq", "titok_vq", "titok_vae", "titok_legacy", "kl")
-# perceptual distance -> fields of LossConfig with the files that it needs
-PERCEPTUAL = {
-    "pyramid": (),
-    "lpips": ("lpips_vgg", "lpips_heads"),
-    "convnext": ("convnext",),
-    "lpips-convnext": ("lpips_vgg", "lpips_heads", "convnext"),
-    "none": (),
-}
+FAMILIES = ("vq", "titok_vq", "titok_vae", "titok_legacy", "kl", "maskgit_vqgan", "chameleon_vqgan")
 DISCRIMINATORS = {"patch": PatchDiscriminator, "blur": BlurDiscriminator}  # width, halvings
 WON = 0.98  # share of logits on the right side, of both kinds, from which on a discriminator has won
 
@@ -55,9 +47,8 @@ class StartConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Weights of the terms, on pictures in [-1, 1]. perceptual: `lpips` and `convnext` need their files; lpips-convnext is TiTok's
-    mean of both, with convnext_share for one part of LPIPS; `pyramid` is the substitute for machines without those files.
+class LossConfig(PerceptualConfig):
+    """Weights of the terms, on pictures in [-1, 1]. Perceptual distance: `PerceptualConfig`.
 
     disc_start: first step (from 1) with GAN terms; past the last step: none at all. discriminator: `patch` (PatchGAN) or `blur`
     (TiTok's), with disc_width channels at first and disc_layers halvings. kl_weight: of a continuous latent's nats a picture.
@@ -66,12 +57,6 @@ class LossConfig:
 
     reconstruction: str = "l2"
     reconstruction_weight: float = 1.0
-    perceptual: str = "pyramid"
-    perceptual_weight: float = 1.0
-    lpips_vgg: str | None = None
-    lpips_heads: str | None = None
-    convnext: str | None = None
-    convnext_share: float = 0.1
     kl_weight: float = 1e-6
     disc: str = "hinge"
     gen: str = "hinge"
@@ -98,37 +83,19 @@ class Config(PictureConfig):
 
 def check(config: Config) -> None:
     """Raises VgenError for settings that cannot work, before pictures or weights are loaded."""
-    check_pictures(config, FAMILIES)
+    check_restarts(config.loss, check_pictures(config, FAMILIES))
     loss, start = config.loss, config.start
-    weights = (
-        "reconstruction_weight",
-        "perceptual_weight",
-        "convnext_share",
-        "kl_weight",
-        "disc_weight",
-        "lecam_weight",
-    )
+    check_perceptual(loss, config.data.size)
+    weights = ("reconstruction_weight", "kl_weight", "disc_weight", "lecam_weight")
     require_not_negative(loss, *weights, "disc_start", prefix="loss.")
     require_positive(loss, "disc_width", "disc_layers", prefix="loss.")
     require_choice("loss.reconstruction", loss.reconstruction, RECONSTRUCTION_LOSSES)
-    require_choice("loss.perceptual", loss.perceptual, PERCEPTUAL)
     require_choice("loss.disc", loss.disc, DISCRIMINATOR_LOSSES)
     require_choice("loss.gen", loss.gen, GENERATOR_LOSSES)
     require_choice("loss.discriminator", loss.discriminator, DISCRIMINATORS)
     with torch.device("meta"):
         DISCRIMINATORS[loss.discriminator](3, loss.disc_width, loss.disc_layers)  # raises for impossible sizes
     check_optimizer(config.discriminator, "discriminator.")
-    for name in PERCEPTUAL[loss.perceptual]:
-        path = getattr(loss, name)
-        require(
-            bool(path) and Path(path).is_file(),
-            f"loss.perceptual={loss.perceptual} needs the file loss.{name}, found {path}",
-        )
-    least = 8 * 2**2
-    require(
-        loss.perceptual != "pyramid" or config.data.size >= least,
-        f"loss.perceptual=pyramid needs data.size >= {least}, found {config.data.size}",
-    )
     if start.model is not None:
         path = Path(start.model) / SAFETENSORS_WEIGHTS_NAME
         require(path.is_file(), f"start.model: {path} does not exist; expected a folder written by `vgen train`")
@@ -212,7 +179,7 @@ class TokenizerSystem(PictureSystem):
             "lecam_weight": loss.lecam_weight,
         }
         # Two views of one discriminator: the critic is what checkpoints hold, so the frozen perceptual weights stay out of it.
-        self.objective = VQLoss(discriminator, _perceptual(loss), **options).to(device)
+        self.objective = VQLoss(discriminator, make_perceptual(loss), **options).to(device)
         self.networks: dict[str, nn.Module] = {"tokenizer": self.model}
         self.optimizers = {"tokenizer": config.optimizer}
         if self.objective.adversarial(config.steps):
@@ -250,13 +217,3 @@ class TokenizerSystem(PictureSystem):
     def export(self, folder: Path, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> None:
         """A folder with the tokenizer."""
         self.save_model(folder, weights["tokenizer"], dtype)
-
-
-def _perceptual(loss: LossConfig) -> nn.Module | None:
-    made = {
-        "pyramid": PyramidLoss,
-        "lpips": lambda: LPIPS.from_files(loss.lpips_vgg, loss.lpips_heads),
-        "convnext": lambda: ConvNeXtDistance.from_file(loss.convnext),
-    }
-    parts = [made[name]() for name in loss.perceptual.split("-") if name in made]
-    return WeightedMean(parts, (1.0, loss.convnext_share)) if len(parts) > 1 else next(iter(parts), None)

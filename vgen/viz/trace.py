@@ -20,36 +20,40 @@ BLANK = (226, 228, 232)  # cells that are not decoded yet
 class Trace:
     """Collects the canvas of one batch after every step; pass it as `callback` and render it afterwards.
 
-    limit: how many samples of the first batch are kept.
+    limit: how many samples of the first batch are kept. Of a canvas with several levels it shows the one that is being decoded.
     """
 
     def __init__(self, limit: int = 16):
         self.limit = limit
-        self.states: list[tuple[Tensor, Tensor]] = []
+        self.states: list[tuple[Tensor, int, Tensor]] = []  # tokens of all levels, level from the end, known [B, T, H, W]
         self.closed = False
 
     def __call__(self, step: Step, canvas: Canvas) -> None:
         if step.index == 0:
             self.closed = bool(self.states)  # a second batch begins: the animation shows the first
         if not self.closed:
-            self.states.append((canvas.values[: self.limit].cpu().clone(), canvas.known[: self.limit].cpu().clone()))
+            level = min(step.phase, len(canvas.levels) - 1) - len(canvas.levels)
+            part = canvas.part(level)
+            known = part.known[: self.limit].cpu().clone().unflatten(1, part.grid)
+            self.states.append((canvas.values[: self.limit].cpu().clone(), level, known))
 
     def frames(
         self,
-        decode: Callable[[Tensor], list[Image.Image]],
-        grid: tuple[int, int, int],
+        decode: Callable[..., list[Image.Image]],
         labels: Sequence[str] | None = None,
         scale: int = 2,
     ) -> list[Image.Image]:
-        """One sheet a step. decode: tokens [B, N] -> B images; undecoded cells are blank."""
+        """One sheet a step. decode: tokens [B, N], level= -> B images; undecoded cells are blank, small levels enlarged."""
+        pictures = [decode(values, level=level) for values, level, _ in self.states]
+        size = pictures[-1][0].size
         return [
             sheet(
-                [_blank(image, known.view(grid)[-1]) for image, known in zip(decode(values), mask)],
+                [_blank(image.resize(size), mask[-1]) for image, mask in zip(images, known)],
                 labels,
                 scale=scale,
                 title=f"step {index + 1} of {len(self.states)}",
             )
-            for index, (values, mask) in enumerate(self.states)
+            for index, (images, (_, _, known)) in enumerate(zip(pictures, self.states))
         ]
 
 

@@ -9,7 +9,16 @@ from parity.registry import Fixture, assert_close, assert_equal, checker
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly
-from vgen.samplers.flow import FlowGuidance, ProjectedGuidance, euler, even_times, mode_times, noisy
+from vgen.samplers.flow import (
+    FlowGuidance,
+    ProjectedGuidance,
+    euler,
+    even_times,
+    logit_normal_times,
+    mode_times,
+    noisy,
+    spread_draws,
+)
 from vgen.samplers.types import as_grid
 from vgen.tokenizers_vis.flextok import FlexTok
 from vgen.tokenizers_vis.flextok_nets import FlexTokDecoder, FlexTokEncoder
@@ -178,13 +187,22 @@ def check_flow(fixture: Fixture) -> None:
         assert_close(final, out[f"{name}_final"], GUIDED, what=f"{name}: result")
 
 
+def recorded_times(config: dict[str, Any], inputs: dict[str, Tensor]) -> Tensor:
+    """The times of a training forward from its recorded draws: uniform ones, or, if logit-normal and not stratified, normal ones."""
+    (draws,) = (value for value in inputs.values() if value.dim() == 1)
+    if not config["ln"]:
+        return mode_times(draws, config["mode_scale"])
+    # The original spells the option this way.
+    spread = config.get("stratified", config.get("stratisfied", False))
+    return logit_normal_times(torch.special.ndtri(spread_draws(draws)) if spread else draws)
+
+
 @checker("flextok.train")
 @torch.no_grad()
 def check_train(fixture: Fixture) -> None:
     config, inputs, out = fixture.config, fixture.inputs, fixture.outputs
-    assert not config["ln"], "recorded times come from the mode distribution"
     decoder = part(fixture, "decoder")
-    times = mode_times(inputs["u"], config["mode_scale"])
+    times = recorded_times(config, inputs)
     assert_close(times, out["sigma"], what="times")
     x = noisy(inputs["x0"], inputs["eps"], times)
     assert_close(x, out["xt"], what="noisy latents")

@@ -91,13 +91,13 @@ class SubstepNoise:
         )  # guided runs record unconditional rows, too: they have no effect
 
 
-def _both_halves(head, c, guidance, step, noise, process, temperature) -> torch.Tensor:
-    """A run as recorded: unconditional rows have a course of their own, which nothing reads but the recording."""
-    rows, size = len(guidance.rows), step.size
+def both_halves(head, c, guidance, weights, noise, process, temperature) -> torch.Tensor:
+    """A run as recorded: unconditional rows have a course of their own, which nothing reads but the recording. c: [R * n, D]."""
+    rows, size = len(weights), len(c) // len(weights)
 
     def denoise(x, t):
         predicted, spread = head(x[:size].repeat(rows, 1), t, c).chunk(2, dim=-1)
-        return guidance.mix(predicted.unflatten(0, (rows, size)), guidance.weights(step)).repeat(rows, 1), spread
+        return guidance.mix(predicted.unflatten(0, (rows, size)), weights).repeat(rows, 1), spread
 
     return ancestral(denoise, process, noise.initial.repeat(rows, 1), lambda k: noise.draws[-1 - k], temperature)
 
@@ -165,7 +165,7 @@ def check_diffloss(fixture: Fixture):
         noise = SubstepNoise(inputs[f"{name}/init_noise"], inputs[f"{name}/noise"])
         with torch.no_grad():
             drawn = prediction.draw(one, guidance, DiffusionChoice(temperature, substeps), noise).values[0]
-            whole = _both_halves(head, c, guidance, one, noise, train.respaced(substeps), temperature)
+            whole = both_halves(head, c, guidance, guidance.weights(one), noise, train.respaced(substeps), temperature)
         assert_close(drawn, out[f"{name}/sample"][:size], what=f"{name}: drawn")
         same(whole, f"{name}/sample")
 

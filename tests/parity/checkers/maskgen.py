@@ -186,19 +186,19 @@ def check_kl_forward(fixture: Fixture):
 
 def _check_head(model: MaskGenKL, fixture: Fixture) -> None:
     inputs, out, channels = fixture.inputs, fixture.outputs, model.config.channels
-    head = model.diffloss["net"]
+    head = model.diffloss.net
     x, t, c = (inputs[f"head_{name}"] for name in ("x", "t", "c"))
     assert_close(head(x, t, c), out["head_out"], what="head")
     half = len(x) // 2
     scale = float(fixture.notes.split("guided version with scale ")[1].split()[0])
     guidance, one = ClassifierFree(scale), Step(0, torch.arange(half), half, (half, 0), 1, half)
-    prediction = Diffusion(c.view(2, 1, half, -1), lambda x, _, z: head(x, t, z), model.process, channels)
+    prediction = Diffusion(c.view(2, 1, half, -1), lambda x, _, z: head(x, t, z), model.diffloss.process, channels)
     noise, spread = prediction.denoise(x[:half], t[:half], guidance, guidance.weights(one))
     free = head(x[:half], t[half:], c[half:])[:, channels:]
     guided = torch.cat((torch.cat((noise, spread), dim=1), torch.cat((noise, free), dim=1)))
     assert_close(guided, out["head_cfg"], 1e-3, "guided head")
     noise = x.flip(0)  # of the recorded terms
-    mse, bits = diffusion_terms(model.process, head(model.process.noised(x, t, noise), t, c), x, noise, t)
+    mse, bits = diffusion_terms(model.diffloss.process, head(model.diffloss.process.noised(x, t, noise), t, c), x, noise, t)
     assert_close(mse, out["head_mse"], what="squared error")
     assert_close(bits[t > 0], out["head_vb"][t > 0], what="bound")
     assert_close(bits, out["head_vb"], 1e-3, "bound with t = 0")  # fp32: a difference of nearly equal numbers
@@ -236,7 +236,7 @@ def check_kl_generate(fixture: Fixture):
         fixture.config["losses"]["num_sampling_steps"],
         fixture.config["model"]["vq_model"]["scale_factor"],
     )
-    substeps = len(model.process.respaced(spacing))
+    substeps = len(model.diffloss.process.respaced(spacing))
     checked = set()
 
     def same(actual, key, tol=1e-4):

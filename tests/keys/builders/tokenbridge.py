@@ -1,0 +1,13 @@
+"""TokenBridge's generators. The head's causal mask, which the files hold, is computed."""
+
+from vgen.models.tokenbridge import TokenBridgeGenerator, renamed
+
+NAMES = {"B": "base", "L": "large", "H": "huge"}
+BUILDERS = {
+    f"tokenbridge-{name}": (lambda size=size: TokenBridgeGenerator(**TokenBridgeGenerator.size_config(size)))
+    for size, name in NAMES.items()
+}
+RENAMES = dict.fromkeys(
+    BUILDERS,
+    lambda state: {key: value for key, value in renamed(state).items() if key not in TokenBridgeGenerator.IGNORED},
+)

@@ -1,0 +1,191 @@
+"""Hi-MAR trains from latents of two sizes and becomes a pipeline that makes a small picture first."""
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from vgen.data.tokens import write_tokens
+from vgen.errors import VgenError
+from vgen.pipelines.visual import VisualPipeline
+from vgen.tokenizers_vis.kl import KLModel
+from vgen.train.himar import HiMARSystem
+from vgen.train.loop import train
+from vgen.train.system import build_system, load_config
+from vgen.viz.trace import Trace
+
+SMALL = {
+    "width": 32,
+    "encoder_layers": 1,
+    "encoder_heads": 2,
+    "decoder_layers": 1,
+    "decoder_heads": 2,
+    "buffer": 2,
+    "head_width": 32,
+    "head_layers": 1,
+    "grid_head_width": 32,
+    "grid_head_layers": 1,
+    "grid_head_heads": 2,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "pivot_rate": 0.5,
+    "mask_ratio_min": 1.0,  # only the caption tells the sign of the small picture, so that little training shows it
+}
+
+
+@pytest.fixture
+def latent_pairs(tmp_path):
+    """A folder of token sets on 4x4 and 2x2 grids of 3 channels: the caption decides the sign of the first channel."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for split, rows in (("train", 24), ("heldout", 6)):
+        kind = torch.arange(rows) % 2
+        tokens, low = torch.zeros(rows, 16, 3), torch.zeros(rows, 4, 3)
+        for latents in (tokens, low):
+            latents[..., 0] = (2.0 * kind - 1)[:, None]
+        write_tokens(
+            folder / f"{split}.safetensors",
+            tokens,
+            captions=[f"sign {['minus', 'plus'][k]}" for k in kind],
+            labels=kind.tolist(),
+            keys=[f"{split}-{i}" for i in range(rows)],
+            grid=(1, 4, 4),
+            vocabulary=None,
+            tokenizer="none",
+            class_names=("minus", "plus"),
+            low_grid=(1, 2, 2),
+            more={
+                "deviations": torch.full_like(tokens, 0.1),
+                "low": low,
+                "low_deviations": torch.full_like(low, 0.1),
+            },
+        )
+    return folder
+
+
+@pytest.fixture
+def config_of(tmp_path, latent_pairs):
+    KLModel(
+        ch=8, ch_mult=(1, 1), num_res_blocks=1, latent_channels=3, num_groups=4, scale=1.0
+    ).save_pretrained(tmp_path / "tokenizer")  # fmt: skip
+
+    def make(*overrides):
+        content = {
+            "version": 1,
+            "system": "himar",
+            "out": str(tmp_path / "himar"),
+            "steps": 120,
+            "batch_size": 8,
+            "log_every": 50,
+            "evaluate_every": 100,
+            "preview_every": 0,
+            "ema_decay": 0.9,
+            "tensorboard": False,
+            "data": {"tokens": str(latent_pairs), "tokenizer": str(tmp_path / "tokenizer")},
+            "model": SMALL,
+            "optimizer": {"lr": 0.006, "warmup_steps": 5},
+            "sampling": {
+                "order": "random:steps=3,schedule=mar",
+                "guidance_scale": 1.5,
+                "low_guidance_scale": 2.0,
+                "guidance_schedule": "linear-clamped",
+                "substeps": "ddim20",
+                "low_substeps": "ddim20",
+                "low_steps": 1,
+                "clip": 3.0,
+            },
+        }
+        path = tmp_path / "himar.yaml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return load_config(path, overrides)
+
+    return make
+
+
+@pytest.fixture
+def trained(config_of):
+    return train(config_of())
+
+
+def test_it_learns_what_the_captions_say_and_samples_it(trained):
+    assert trained.figures["loss"] < 0.8
+    pipe = VisualPipeline.from_pretrained(trained.model)
+    assert pipe.config.order == "random:steps=3,schedule=mar" and pipe.grids == ((1, 2, 2), (1, 4, 4))
+    trace = Trace()
+    made = pipe(["sign minus", "sign plus"], num_images=4, seed=1, callback=trace)
+    assert made.stats.calls == 1 + 3 and made.stats.tokens == 8 * 20 and made.images[0].size == (8, 8)
+    for level in (slice(4), slice(4, 20)):
+        minus, plus = made.tokens[:, level, 0].reshape(2, -1)
+        assert (minus < 0).float().mean() > 0.8 and (plus > 0).float().mean() > 0.8
+    previews = pipe.decode_tokens(made.tokens, level=0)
+    assert len(previews) == 8 and previews[0].size == (4, 4)
+    frames = trace.frames(pipe.decode_tokens)  # small pictures are enlarged
+    assert len(frames) == 4 and len({frame.size for frame in frames}) == 1
+
+    # settings of the small picture
+    assert pipe("sign minus", low_steps=4, steps=2).stats.calls == 6
+    free = pipe("sign minus", guidance_scale=1.0, seed=1).tokens
+    both = pipe("sign minus", guidance_scale=1.0, low_guidance_scale=1.0, seed=1)
+    assert both.stats.call_rows == 4 and not torch.equal(free[:, :4], both.tokens[:, :4])
+    default = pipe("sign minus", seed=1).tokens
+    assert torch.equal(free[:, :4], default[:, :4]) and not torch.equal(free, default)
+    assert not torch.equal(default, pipe("sign minus", low_substeps="ddim10", seed=1).tokens)
+    with pytest.raises(VgenError, match="4 tokens can be decoded in 1 to 4 steps, got 5"):
+        pipe("sign minus", low_steps=5)
+
+    # inpainting: both levels keep what the mask does not touch
+    mask = Image.new("L", (8, 8), 0)
+    mask.paste(255, (4, 0, 8, 8))
+    kept = pipe("sign plus", init_image=made.images[0], mask=mask, seed=2, num_images=2).tokens
+    known = [row * 2 for row in range(2)] + [4 + row * 4 + column for row in range(4) for column in range(2)]
+    assert torch.equal(kept[0, known], kept[1, known]) and not torch.equal(kept[0], kept[1])
+
+
+def test_fresh_models_train_with_classes(config_of):
+    summary = train(config_of("steps=2", "evaluate_every=0", "condition.kind=class"))
+    pipe = VisualPipeline.from_pretrained(summary.model)
+    assert pipe.model.config.conditioning == "class" and pipe.model.config.classes == 2
+
+
+def test_draws_of_both_phases(config_of):
+    system = build_system(config_of("model.mask_ratio_min=0.5", "pivot_warmup=0.5"), torch.device("cpu"))
+    assert isinstance(system, HiMARSystem)
+    shares, steered = set(), {0.0: 0, 0.25: 0, None: 0}
+    for seed in range(40):
+        for progress in steered:
+            draws = system.draws(6, progress, torch.Generator().manual_seed(seed))
+            steered[progress] += int(draws["steered"].sum())
+            assert (draws["drops"] == 1).all() == (progress is None)
+        assert draws["low_shown"].shape[1] <= 2
+        shares.add(draws["shown"].shape[1])
+    assert len(shares) > 8 and min(shares) == 0
+    assert steered[0.0] == 0 and steered[0.25] < steered[None] < 240
+    batch = next(system.batches(0, 0, 1))
+    assert system.inputs(batch)["low"].shape == (8, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["model.size=XL"], "model.size must be one of B, L, H"),
+        (["model.dense_masks=linear"], "model.dense_masks must be one of cosine, normal"),
+        (["model.pivot_rate=2"], "model.pivot_rate must lie in"),
+        (["pivot_warmup=-1"], "pivot_warmup must lie in"),
+        (["model.diffusion_batch=0"], "model.diffusion_batch must be above 0"),
+        (["model.grid_head_heads=3"], "multiple of 4 and of its 3 heads"),
+    ],
+)
+def test_impossible_settings_are_refused(config_of, overrides, message):
+    with pytest.raises(VgenError, match=message):
+        config_of(*overrides)
+
+
+def test_latents_of_one_size_do_not_do(config_of, latent_sets):
+    with pytest.raises(VgenError, match="no latents of smaller pictures"):
+        config_of(f"data.tokens={latent_sets}")
+
+
+def test_settings_of_a_small_picture_need_one(pipeline):
+    for settings in ({"low_steps": 1}, {"low_guidance_scale": 2.0}, {"low_substeps": "ddim5"}):
+        with pytest.raises(VgenError, match="make a small picture first"):
+            pipeline("red apple", **settings)
