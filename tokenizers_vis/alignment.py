@@ -54,7 +54,12 @@ class Teacher(nn.Module):
             raise VgenError(
                 "the alignment teacher needs transformers, which is not installed: pip install 'vgen[text]'"
             ) from error
-        whole: Any = AutoModel.from_pretrained(name)
+        try:
+            whole: Any = AutoModel.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise VgenError(
+                f"the teacher {name} cannot be loaded: it is no folder with a model of transformers, and no such name was found"
+            ) from error
         tower = hasattr(whole, "vision_model")
         self.model: Any = (whole.vision_model if tower else whole).eval().requires_grad_(False)
         settings = self.model.config

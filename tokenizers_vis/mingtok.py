@@ -44,7 +44,7 @@ from vgen.tokenizers_vis.mingtok_nets import (
 # Keyword arguments of MingTok. vision: the released model. emoji-f8: ours, for 64-px pictures on CPUs; `calibrate` sets its scale.
 SIZES: dict[str, dict[str, Any]] = {
     "vision": {},  # 698 M
-    "emoji-f8": {  # 4.8 M
+    "emoji-f8": {  # 3.4 M
         "image_size": 64,
         "patch_size": 8,
         "latent_channels": 16,

@@ -13,11 +13,14 @@ _LAZY = {
     "Vocabulary": "vgen.models.vocabulary",
     "VQModel": "vgen.tokenizers_vis.vq",
     "VisualPipeline": "vgen.pipelines.visual",
+    "UnifiedPipeline": "vgen.pipelines.unified",
     "make_order": "vgen.samplers.orders",
     "decode": "vgen.samplers.decode",
     "Canvas": "vgen.samplers.types",
     "ClassifierFree": "vgen.samplers.guidance",
     "TokenChoice": "vgen.samplers.choice",
+    "DiffusionChoice": "vgen.samplers.choice",
+    "FlowChoice": "vgen.samplers.choice",
     "PhiloxNoise": "vgen.samplers.noise",
     "VgenError": "vgen.errors",
 }
@@ -28,8 +31,9 @@ if TYPE_CHECKING:
     from vgen.errors import VgenError
     from vgen.models.anyorder import AnyOrderModel
     from vgen.models.vocabulary import Vocabulary
+    from vgen.pipelines.unified import UnifiedPipeline
     from vgen.pipelines.visual import VisualPipeline
-    from vgen.samplers.choice import TokenChoice
+    from vgen.samplers.choice import DiffusionChoice, FlowChoice, TokenChoice
     from vgen.samplers.decode import decode
     from vgen.samplers.guidance import ClassifierFree
     from vgen.samplers.noise import PhiloxNoise

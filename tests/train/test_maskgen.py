@@ -181,6 +181,8 @@ def test_codes_and_latents_are_not_mixed_up(config_of, latent_sets):
         config_of("vq", f"data.tokens={latent_sets}")
 
 
-def test_a_tower_of_another_width_is_found(config_of):
+def test_a_tower_that_is_not_there_or_has_another_width_is_found(tmp_path, config_of):
+    with pytest.raises(VgenError, match="condition.text_encoder: .*nowhere cannot be loaded"):
+        Trainer(config_of("vq", f"condition.text_encoder={tmp_path / 'nowhere'}"))
     with pytest.raises(VgenError, match="takes CLIP features"):
         Trainer(config_of("vq", text_width=12))

@@ -106,6 +106,8 @@ def test_teachers_are_predicted_where_the_input_is_masked(tmp_path, config_of):
     assert loss.value.item() == pytest.approx(expected.item(), rel=1e-5)
     trainer.export(tmp_path / "model")  # without heads
     assert isinstance(open_tokenizer(tmp_path / "model"), MingTok)
+    with pytest.raises(VgenError, match="the teacher .*nowhere cannot be loaded"):
+        Trainer(config_of(f"loss.latent_teacher={tmp_path / 'nowhere'}", *MASKED, "out=other"))
     with pytest.raises(VgenError, match="takes pictures of 28 pixels a side, got 21"):
         Trainer(config_of(*teachers, "loss.semantic_size=21", *MASKED, "out=other"))
 

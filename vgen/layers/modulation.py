@@ -34,6 +34,20 @@ class Modulation(nn.Sequential):
         nn.init.zeros_(self[1].bias)
 
 
+class FinalNorm(nn.Module):
+    """LayerNorm without weights, modulated. Its linear layer gives (scale, shift): the reverse of the blocks' order."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=eps, elementwise_affine=False)
+        self.adaLN_modulation = Modulation(width, 2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x, condition [B, n, D] -> [B, n, D]."""
+        scale, shift = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return modulate(self.norm_final(x), shift, scale)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of tokens to each other, or to a cache that they enter; who sees whom is the caller's.
 

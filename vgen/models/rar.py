@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
 from vgen.layers.cache import KVCache
-from vgen.layers.modulation import ModulatedBlock, Modulation, SelfAttention, modulate
+from vgen.layers.modulation import FinalNorm, ModulatedBlock, Modulation, SelfAttention
 from vgen.layers.transformer import Checkpointed, GeluMLP
 from vgen.models.classes import ClassConditional, mean_vector, token_loss
 from vgen.samplers.orders import make_order
@@ -320,17 +320,3 @@ class RARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
 
     def commit(self, state: RARState, step: Step, canvas: Canvas) -> None:
         """Nothing to store: the next call feeds `canvas.fresh`."""
-
-
-class FinalNorm(nn.Module):
-    """LayerNorm without weights, modulated. Its linear layer gives (scale, shift): the reverse of the blocks' order."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(width, eps=EPS, elementwise_affine=False)
-        self.adaLN_modulation = Modulation(width, 2)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x, condition [B, n, D] -> [B, n, D]."""
-        scale, shift = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return modulate(self.norm_final(x), shift, scale)

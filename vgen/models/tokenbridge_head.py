@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from vgen.errors import VgenError
 from vgen.layers.attention import Mask
 from vgen.layers.cache import KVCache
-from vgen.layers.modulation import ModulatedBlock, Modulation, SelfAttention
+from vgen.layers.modulation import FinalNorm, ModulatedBlock, Modulation, SelfAttention
 from vgen.layers.transformer import Checkpointed, GeluMLP
-from vgen.models.rar import FinalNorm
 
 EPS = 1e-6
 # (place in the sequence of channels, logits [n, V]) -> the chosen levels [n] int64

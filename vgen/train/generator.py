@@ -160,7 +160,13 @@ class GeneratorSystem:
     def _vocabulary(self) -> Vocabulary | ClassVocabulary | Any:
         condition, data = self.config.condition, self.train_tokens
         if condition.kind == "text":
-            captions = self.captions_kind.from_pretrained(condition.text_encoder)
+            try:
+                captions = self.captions_kind.from_pretrained(condition.text_encoder)
+            except (OSError, ValueError) as error:
+                raise VgenError(
+                    f"condition.text_encoder: {condition.text_encoder} cannot be loaded: it is no folder with an encoder and a tokenizer of "
+                    "transformers, and no such name was found"
+                ) from error
             captions.encoder.requires_grad_(False).to(self.device)
             return captions
         if condition.kind == "class":

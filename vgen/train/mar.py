@@ -17,8 +17,8 @@ from vgen.train.generator import GeneratorConfig, GeneratorSystem, check_generat
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A named size of MAR; what is set replaces the size's own value. See `MAR` for the meanings."""
+class AutoencoderConfig:
+    """What models on `MaskedAutoencoder` share: a named size, whose own values are replaced by what is set."""
 
     size: str = "B"
     encoder_width: int | None = None
@@ -28,12 +28,18 @@ class ModelConfig:
     decoder_layers: int | None = None
     decoder_heads: int | None = None
     buffer: int | None = None
-    head: str = "diffusion"
     head_width: int | None = None
     head_layers: int | None = None
     dropout: float = 0.1
     attention_dropout: float = 0.1
     mask_ratio_min: float = 0.7
+
+
+@dataclass(frozen=True)
+class ModelConfig(AutoencoderConfig):
+    """See `MAR` for the meanings."""
+
+    head: str = "diffusion"
     diffusion_batch: int = 4
 
 

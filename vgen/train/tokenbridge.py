@@ -17,7 +17,7 @@ from vgen.tokenizers_vis.dimensionwise import low_frequencies_first
 from vgen.tokenizers_vis.tokenbridge import TokenBridge
 from vgen.train.config import require_choice, require_share
 from vgen.train.generator import GeneratorConfig, check_generator, model_options
-from vgen.train.mar import MaskedAutoencoderSystem
+from vgen.train.mar import AutoencoderConfig, MaskedAutoencoderSystem
 from vgen.train.system import spread
 
 CHANNEL_ORDERS = ("frequency", "kl16", "stored")
@@ -35,23 +35,11 @@ class QuantizerConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A named size of TokenBridgeGenerator; what is set replaces the size's own value. See there for the meanings."""
+class ModelConfig(AutoencoderConfig):
+    """See `TokenBridgeGenerator` for the meanings."""
 
     size: str = "L"
-    encoder_width: int | None = None
-    encoder_layers: int | None = None
-    encoder_heads: int | None = None
-    decoder_width: int | None = None
-    decoder_layers: int | None = None
-    decoder_heads: int | None = None
-    buffer: int | None = None
-    head_width: int | None = None
-    head_layers: int | None = None
     head_heads: int | None = None
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    mask_ratio_min: float = 0.7
 
 
 @dataclass(frozen=True)
