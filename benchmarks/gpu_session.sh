@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that waits for a CUDA GPU, in one call: native Triton tests, kernel benchmark, the 16x16 emoji models, the order table,
-# the families at equal compute, the tokenizers.
+# the families at equal compute, the tokenizers, the continuous-token families.
 # usage: bash benchmarks/gpu_session.sh OUT_FOLDER   (needs data/emoji, see `vgen data emoji`; stages can be picked: STAGES="tests bench")
 set -euo pipefail
 out=${1:?usage: bash benchmarks/gpu_session.sh OUT_FOLDER}
-stages=${STAGES:-tests bench tokenizer model orders families tokenizers}
+stages=${STAGES:-tests bench tokenizer model orders families tokenizers continuous}
 mkdir -p "$out"
 for stage in $stages; do
     case $stage in
@@ -29,6 +29,10 @@ for stage in $stages; do
             python -m vgen.cli.main train configs/emoji/kl.yaml
             python -m vgen.cli.main train configs/emoji/flextok.yaml
             python benchmarks/emoji_tokenizers.py --model emoji-vq --model emoji-titok --model runs/emoji/flextok/model --model emoji-kl --out "$out/emoji_tokenizers"
+            ;;
+        continuous)
+            python -m vgen.cli.main tokenize --model vgen/assets/tokenizers/emoji-kl --data data/emoji --out runs/tokens/emoji_kl --low-res 32
+            python benchmarks/emoji_continuous.py --out "$out/emoji_continuous" 2>&1 | tee "$out/continuous.log"
             ;;
         *) echo "unknown stage $stage" >&2; exit 2 ;;
     esac

@@ -123,7 +123,7 @@ class Diffusion:
 
         All guidance rows denoise the same x. Only the noise is guided: the variance is that of the conditional row.
         """
-        rows = weighty(weights)
+        rows = rows_needed(weights)
         z = rearrange(self.features[:rows], "r b m d -> (r b m) d")
         out = self.head(x.repeat(rows, 1).to(z.dtype), t.repeat(rows), z).float()
         parts = rearrange(out, "(r n) (k c) -> k r n c", r=rows, c=self.channels)
@@ -179,7 +179,7 @@ class GridDiffusion:
 
     def noise(self, x: Tensor, t: Tensor, guidance: Guidance, weights: Sequence[float]) -> Tensor:
         """x [n, L, C], t [n] -> the guided noise [n, L, C]. All guidance rows see the same x."""
-        rows = weighty(weights)
+        rows = rows_needed(weights)
         z = rearrange(self.features[:rows], "r b l d -> (r b) l d")
         out = self.head(x.repeat(rows, 1, 1).to(z.dtype), t.repeat(rows), z).float()
         return guidance.mix(rearrange(out, "(r b) l c -> r b l c", r=rows), weights[:rows])
@@ -254,6 +254,6 @@ def per_token(head: Callable[..., Tensor], features: Tensor) -> Callable[..., Te
     return velocity
 
 
-def weighty(weights: Sequence[float]) -> int:
+def rows_needed(weights: Sequence[float]) -> int:
     """Number of leading guidance rows up to the last that weighs anything: a costly network need not run on the others."""
     return max(row for row, weight in enumerate(weights, 1) if weight)

@@ -95,18 +95,32 @@ def test_columns_come_first_in_the_heads_positions():
 
 @torch.no_grad()
 def test_features_read_what_is_known_and_nothing_else():
-    model, tokens, low = build(0.3), torch.randn(2, 16, 3), torch.randn(2, 4, 32)
+    model, x = build(0.3), torch.randn(2, 20, 32)
     condition = model.vocabulary.labels([1, 2])
     masked = torch.ones(2, 20, dtype=torch.bool)
     masked[:, [0, 3, 9]] = False  # low-resolution ones are the first 4
     for phase in (LOW, DENSE):
-        features = model(condition, phase, low, tokens, masked, 3)
+        features = model(condition, phase, x, masked, 3)
         assert features.shape == (2, 20, 32)
-        hidden = low.masked_fill(masked[:, :4, None], float("nan"))
-        assert torch.equal(features, model(condition, phase, hidden, tokens, masked, 3))
-        assert not torch.allclose(features, model(condition, phase, low.flip(-1), tokens, masked, 3), atol=1e-3)
-        assert not torch.allclose(features, model(condition, phase, low, tokens + 1, masked, 3), atol=1e-3)
-        assert not torch.allclose(features, model(condition, 1 - phase, low, tokens, masked, 3), atol=1e-3)
+        hidden = x.masked_fill(masked[..., None], float("nan"))
+        assert torch.equal(features, model(condition, phase, hidden, masked, 3))
+        assert not torch.allclose(features, model(condition, phase, x.flip(-1), masked, 3), atol=1e-3)
+        assert not torch.allclose(features, model(condition, 1 - phase, x, masked, 3), atol=1e-3)
+
+
+@torch.no_grad()
+def test_phases_see_their_own_tokens():
+    model, tokens, low = build(0.3), torch.randn(2, 16, 3), torch.randn(2, 4, 3)
+    context, states = model.context(model.vocabulary.labels([1, 2])), torch.randn(2, 4, 32)
+    low_masked, masked = torch.arange(4).expand(2, 4) >= 2, torch.arange(16).expand(2, 16) >= 5
+    features = model.low_features(context, low, low_masked, 2)
+    x = torch.cat((model.cond_proj(low), torch.randn(2, 16, 32)), dim=1)
+    everything = torch.cat((low_masked, torch.ones_like(masked)), dim=1)
+    assert features.shape == (2, 20, 32) and torch.equal(features, model.run(context, LOW, x, everything, 2))
+    features = model.dense_features(context, states, tokens, masked, 5)
+    x = torch.cat((states, model.z_proj(tokens)), dim=1)
+    everything = torch.cat((torch.zeros_like(low_masked), masked), dim=1)
+    assert torch.equal(features, model.run(context, DENSE, x, everything, 9)[:, 4:])
 
 
 # ---------------------------------------------------------------- training

@@ -10,7 +10,7 @@ from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.levels import LevelsOrder
-from vgen.samplers.predictions import Diffusion, GridDiffusion, weighty
+from vgen.samplers.predictions import Diffusion, GridDiffusion, rows_needed
 from vgen.samplers.types import Canvas, Step
 
 LEVELS = ((1, 2, 2), (1, 4, 4))
@@ -81,7 +81,7 @@ def test_guidance_and_choice_by_phase():
 
 
 def test_rows_that_weigh_nothing_are_not_run():
-    assert [weighty(weights) for weights in ((1.0,), (1.0, 0.0), (2.0, -1.0), (0.0, 1.0))] == [1, 1, 2, 2]
+    assert [rows_needed(weights) for weights in ((1.0,), (1.0, 0.0), (2.0, -1.0), (0.0, 1.0))] == [1, 1, 2, 2]
     process, rows = GaussianDiffusion.named(), []
 
     def head(x, t, features):

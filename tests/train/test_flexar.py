@@ -6,10 +6,12 @@ import pytest
 import torch
 import yaml
 
-from vgen.data.tokens import write_tokens
+from vgen.data.tokens import TokenSetSpec, write_tokens
 from vgen.errors import VgenError
 from vgen.pipelines.visual import VisualPipeline
 from vgen.tokenizers_vis.flextok import FlexTok
+from vgen.train.config import merge, read_yaml
+from vgen.train.flexar import Config, FlexARSystem
 from vgen.train.loop import Trainer, train
 from vgen.train.system import load_config
 
@@ -145,3 +147,16 @@ def test_settings_that_cannot_work(config_of, override, words):
 def test_a_grid_is_no_sequence(config_of, token_sets):
     with pytest.raises(VgenError, match="learns sequences such as FlexTok's"):
         config_of(f"data.tokens={token_sets}")
+
+
+@pytest.mark.parametrize("name", ["flexar/c2i_d30", "flexar/t2i_1B", "emoji/flexar"])
+def test_models_of_committed_configs_can_be_made(name):
+    config = merge(Config, read_yaml(Path(__file__).parents[2] / "configs" / f"{name}.yaml"))
+    with torch.device("meta"):
+        model = FlexARSystem.make_model(config, TokenSetSpec((1, 1, 256), 64000), 1000)
+    blocks = sum(p.numel() for p in model.trunk.parameters())
+    assert model.config.conditioning == config.condition.kind
+    if name == "flexar/c2i_d30":
+        assert blocks == pytest.approx(1.33e9, rel=0.01)
+    if name == "flexar/t2i_1B":
+        assert blocks == pytest.approx(1.15e9, rel=0.03)

@@ -8,12 +8,15 @@ import torch
 import yaml
 
 from vgen.data.dataset import open_images
-from vgen.data.tokens import TokenDataset
+from vgen.data.tokens import TokenDataset, TokenSetSpec
 from vgen.errors import VgenError
 from vgen.pipelines.visual import VisualPipeline
 from vgen.tokenizers_vis.kl import KLModel
 from vgen.train.caching import cache_tokens
+from vgen.train.config import merge, read_yaml
 from vgen.train.loop import Trainer, train
+from vgen.train.maskgen import KINDS as SYSTEM_KINDS
+from vgen.train.maskgen import Config
 from vgen.train.system import load_config
 
 transformers = pytest.importorskip("transformers", reason="the extra 'text' is not installed")
@@ -84,7 +87,7 @@ def config_of(tmp_path, clip, token_sets, tokenizer, latent_sets):
 
 
 def test_codes_are_learned_from_captions(config_of, clip):
-    summary = train(config_of("vq", "steps=120", "evaluate_every=120", "sampling.order=confidence-4"))
+    summary = train(config_of("vq", "steps=70", "evaluate_every=70", "sampling.order=confidence-4"))
     assert summary.figures["cross_entropy"] < 2.5  # 3.47 nats without any knowledge
     pipe = VisualPipeline.from_pretrained(summary.model)
     with pytest.raises(VgenError, match="read_words"):
@@ -98,7 +101,7 @@ def test_codes_are_learned_from_captions(config_of, clip):
 
 
 def test_latents_are_learned_from_captions(config_of, clip):
-    config = config_of("kl", "steps=150", "evaluate_every=150", "optimizer.lr=0.003", "sampling.substeps=ddim20")
+    config = config_of("kl", "steps=40", "evaluate_every=0", "optimizer.lr=0.01", "sampling.substeps=ddim20")
     summary = train(config)
     pipe = VisualPipeline.from_pretrained(summary.model)
     pipe.model.read_words({"text_encoder": Path(clip)})
@@ -182,7 +185,18 @@ def test_codes_and_latents_are_not_mixed_up(config_of, latent_sets):
 
 
 def test_a_tower_that_is_not_there_or_has_another_width_is_found(tmp_path, config_of):
-    with pytest.raises(VgenError, match="condition.text_encoder: .*nowhere cannot be loaded"):
+    with pytest.raises(VgenError, match=r"condition\.text_encoder: .*nowhere cannot be loaded"):
         Trainer(config_of("vq", f"condition.text_encoder={tmp_path / 'nowhere'}"))
     with pytest.raises(VgenError, match="takes CLIP features"):
         Trainer(config_of("vq", text_width=12))
+
+
+@pytest.mark.parametrize(("path", "parameters"), [("vq_L", 604_311_552), ("kl_L", 641_364_000)])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_recipes_make_the_published_models(path, parameters, stage):
+    file = Path(__file__).parents[2] / "configs" / "maskgen" / f"{path}_stage{stage}.yaml"
+    config = merge(Config, read_yaml(file))
+    spec = {"vq": TokenSetSpec((1, 1, 128), 8192), "kl": TokenSetSpec((1, 1, 32), None, 16)}[config.model.kind]
+    with torch.device("meta"):
+        model = SYSTEM_KINDS[config.model.kind].make_model(config, spec, 0)
+    assert sum(p.numel() for p in model.parameters()) == parameters

@@ -1,6 +1,7 @@
 """Training a MingTok: from pictures to a model, exact resume, masks, teachers, settings that cannot work."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from vgen.errors import VgenError
 from vgen.tokenizers_vis.mingtok import MingTok
 from vgen.tokenizers_vis.registry import open_tokenizer
 from vgen.train.caching import cache_tokens
+from vgen.train.config import merge, read_yaml
 from vgen.train.loop import Trainer, train
+from vgen.train.mingtok import Config
+from vgen.train.pictures import make_model
 from vgen.train.system import load_config
 
 MODEL = {
@@ -106,7 +110,7 @@ def test_teachers_are_predicted_where_the_input_is_masked(tmp_path, config_of):
     assert loss.value.item() == pytest.approx(expected.item(), rel=1e-5)
     trainer.export(tmp_path / "model")  # without heads
     assert isinstance(open_tokenizer(tmp_path / "model"), MingTok)
-    with pytest.raises(VgenError, match="the teacher .*nowhere cannot be loaded"):
+    with pytest.raises(VgenError, match=r"the teacher .*nowhere cannot be loaded"):
         Trainer(config_of(f"loss.latent_teacher={tmp_path / 'nowhere'}", *MASKED, "out=other"))
     with pytest.raises(VgenError, match="takes pictures of 28 pixels a side, got 21"):
         Trainer(config_of(*teachers, "loss.semantic_size=21", *MASKED, "out=other"))
@@ -140,3 +144,12 @@ def test_settings_that_cannot_work(config_of, override, words):
     with pytest.raises(VgenError) as error:
         config_of(override)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mingtok/vision", "emoji/mingtok"])
+def test_models_of_committed_configs_can_be_made(name):
+    config = merge(Config, read_yaml(Path(__file__).parents[2] / "configs" / f"{name}.yaml"))
+    with torch.device("meta"):
+        model = make_model(config)
+    assert (model.config.latent_mean, model.config.latent_scale) == (0, 1), "measured at export"
+    model.spec.grid(config.data.size, config.data.size)

@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
@@ -60,10 +61,34 @@ SHAPES = {
     "L": (1024, 16, 16, 1280, 8, 512, 8, 8),  # 529 M
     "H": (1280, 20, 16, 1536, 12, 768, 12, 12),  # 1.09 B
 }
-OPTIONS = (
-    *("width", "encoder_layers", "encoder_heads", "head_width", "head_layers"),
-    *("grid_head_width", "grid_head_layers", "grid_head_heads"),
-)
+
+
+def size(
+    width: int,
+    layers: int,
+    heads: int,
+    head_width: int,
+    head_layers: int,
+    grid_head_width: int,
+    grid_head_layers: int,
+    grid_head_heads: int,
+) -> dict[str, Any]:
+    """Constructor arguments of a published size."""
+    return {
+        "channels": 16,
+        "grid": [1, 16, 16],
+        "low_grid": [1, 8, 8],
+        "width": width,
+        "encoder_layers": layers,
+        "encoder_heads": heads,
+        "decoder_layers": layers,
+        "decoder_heads": heads,
+        "head_width": head_width,
+        "head_layers": head_layers,
+        "grid_head_width": grid_head_width,
+        "grid_head_layers": grid_head_layers,
+        "grid_head_heads": grid_head_heads,
+    }
 
 
 class PhasedBlock(ViTBlock):
@@ -89,9 +114,9 @@ class HiMARState(AutoencoderState):
     """Memory of one run. pivots [R * B, Ns, D]: states of the conditional row, in all rows; given [R * B, Ns] bool: what was known
     at the start and so has none; visible_low: known low-resolution tokens a sample (`visible`: dense ones)."""
 
-    pivots: Tensor = field(default_factory=lambda: torch.empty(0))
-    given: Tensor = field(default_factory=lambda: torch.empty(0))
-    visible_low: int = 0
+    pivots: Tensor = field(kw_only=True)
+    given: Tensor = field(kw_only=True)
+    visible_low: int = field(kw_only=True)
 
     def take_rows(self, index: Tensor) -> HiMARState:
         """A state with the given rows of [R * B]."""
@@ -123,14 +148,7 @@ class HiMAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
     dropout, attention_dropout: of both stacks; diffusion_batch: noise levels per token and step.
     """
 
-    SIZES: ClassVar = {
-        name: {
-            **dict(zip(OPTIONS, shape)),
-            **dict(zip(("decoder_layers", "decoder_heads"), shape[1:3])),
-            **{"channels": 16, "grid": [1, 16, 16], "low_grid": [1, 8, 8]},
-        }
-        for name, shape in SHAPES.items()
-    }
+    SIZES: ClassVar = {name: size(*shape) for name, shape in SHAPES.items()}
     choice_kind = HiMARChoice
     _repeated_blocks = ("PhasedBlock", "ModulatedBlock")
     _no_split_modules = ("PhasedBlock", "ModulatedBlock")
@@ -212,16 +230,12 @@ class HiMAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
 
     # ---------------------------------------------------------------- the network
 
-    def run(
-        self, context: tuple[Tensor], phase: int, low: Tensor, tokens: Tensor, masked: Tensor, visible: int
-    ) -> Tensor:
+    def run(self, context: tuple[Tensor], phase: int, x: Tensor, masked: Tensor, visible: int) -> Tensor:
         """Features [B, S, D] of all positions, low-resolution ones first. Device only.
 
-        phase: LOW or DENSE; low [B, Ns, D]: `cond_proj` of the low-resolution tokens, or in the second phase the pivots
-        (`embed_pivots`); tokens [B, L, C]: dense ones; masked [B, S] bool, False at exactly `visible` positions of every
+        phase: LOW or DENSE; x [B, S, D]: embedded tokens; masked [B, S] bool, False at exactly `visible` positions of every
         sample: what stands at the others does not matter.
         """
-        x = torch.cat((low, self.z_proj(tokens.to(self.dtype))), dim=1)
         shown = shown_positions(masked, visible)
         rows = _rows(phase, self.config.buffer + x.shape[1])
         blanks = self.mask_token[:, _rows(phase, x.shape[1])]
@@ -229,6 +243,24 @@ class HiMAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
         x = self.encode(context[0], x, shown, self.encoder_pos_embed_learned[:, rows], (vector, phase))
         vector = self.decoder_blocks_ada(self.decoder_task_emb.weight[phase])
         return self.complete(x, shown, blanks, self.decoder_pos_embed_learned[:, rows], (vector, phase))
+
+    def low_features(self, context: tuple[Tensor], low: Tensor, masked: Tensor, visible: int) -> Tensor:
+        """The first phase: features [B, S, D] from low-resolution tokens [B, Ns, C] alone; masked [B, Ns], `visible` False a row.
+
+        The dense tokens take their places in the decoder, all masked; given ones (inpainting), too, as in training.
+        """
+        dense = grid_size(self.grid)
+        x = F.pad(self.cond_proj(low.to(self.dtype)), (0, 0, 0, dense))
+        return self.run(context, LOW, x, F.pad(masked, (0, dense), value=True), visible)
+
+    def dense_features(
+        self, context: tuple[Tensor], pivots: Tensor, tokens: Tensor, masked: Tensor, visible: int
+    ) -> Tensor:
+        """The second phase: features [B, L, D] of the dense places. pivots [B, Ns, D] of `embed_pivots`; tokens [B, L, C]; masked [B, L],
+        `visible` False a row."""
+        low = pivots.shape[1]
+        x = torch.cat((pivots, self.z_proj(tokens.to(self.dtype))), dim=1)
+        return self.run(context, DENSE, x, F.pad(masked, (low, 0), value=False), low + visible)[:, low:]
 
     def embed_pivots(self, states: Tensor, made: Tensor) -> Tensor:
         """What the second phase sees in the places of the low-resolution tokens: [B, Ns, D].
@@ -238,11 +270,9 @@ class HiMAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
         """
         return torch.where(made[..., None], self.cond_z_proj(states), self.cond_proj(self.cond_tokens))
 
-    def forward(
-        self, condition: Condition, phase: int, low: Tensor, tokens: Tensor, masked: Tensor, visible: int
-    ) -> Tensor:
+    def forward(self, condition: Condition, phase: int, x: Tensor, masked: Tensor, visible: int) -> Tensor:
         """Features [B, S, D] of all positions, as `run`."""
-        return self.run(self.context(condition), phase, low, tokens, masked, visible)
+        return self.run(self.context(condition), phase, x, masked, visible)
 
     # ---------------------------------------------------------------- training
 
@@ -287,19 +317,15 @@ class HiMAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
         steered = self.steered(torch.rand(len(tokens), device=device)) if steered is None else steered
         first, second = (self.context(self.drop(condition, uniform)) for uniform in drops)
         low_masked, masked = _hidden(low, low_shown), _hidden(tokens, shown)
-        length = low.shape[1]
 
-        everything = torch.cat((low_masked, torch.ones_like(masked)), dim=1)
-        embedded = self.cond_proj(low.to(self.dtype))
-        states = self.run(first, LOW, embedded, tokens, everything, low_shown.shape[1])[:, :length]
+        states = self.low_features(first, low, low_masked, low_shown.shape[1])[:, : low.shape[1]]
         features, targets = (part.flatten(0, 1).repeat(rounds, 1) for part in (states, low))
         weight = low_masked.flatten().repeat(rounds).to(targets)
         coarse = self.diffloss.loss(features, targets, weight, low_times, low_noise)
 
         # The second phase does not train the first through the pivots.
         pivots = self.embed_pivots(states.detach(), low_masked & steered[:, None])
-        everything = torch.cat((torch.zeros_like(low_masked), masked), dim=1)
-        features = self.run(second, DENSE, pivots, tokens, everything, length + shown.shape[1])[:, length:]
+        features = self.dense_features(second, pivots, tokens, masked, shown.shape[1])
         features, targets = (part.repeat(rounds, 1, 1) for part in (features, tokens))
         fine = self.cond_diffloss.loss(features, targets, masked.repeat(rounds, 1), times, noise)
         loss = LOSS_WEIGHTS[LOW] * coarse["loss"] + LOSS_WEIGHTS[DENSE] * fine["loss"]
@@ -340,30 +366,33 @@ class HiMAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
         known = [part.values.shape[1] - part.unknown_count() for part in (low, dense)]
         given = low.known.repeat(state.rows, 1)
         pivots = torch.zeros(*given.shape, self.config.width, dtype=self.dtype, device=given.device)
-        return HiMARState(state.context, state.rows, state.counters, known[DENSE], pivots, given, known[LOW])
+        return HiMARState(
+            state.context,
+            state.rows,
+            state.counters,
+            visible=known[DENSE],
+            pivots=pivots,
+            given=given,
+            visible_low=known[LOW],
+        )
 
     @torch.no_grad()
     def predict(self, state: HiMARState, step: Step, canvas: Canvas) -> Diffusion | GridDiffusion:
         """One call of the autoencoder: R * B rows of Ns + L positions in either phase."""
         low, dense = (canvas.part(level) for level in (LOW, DENSE))
-        tokens, unknown = dense.values.repeat(state.rows, 1, 1), ~dense.known
+        rows, places = state.rows, canvas.values.shape[1]
+        state.counters.add(rows * canvas.batch, self.config.buffer + places)  # of the decoder, the longer sequence
         if step.phase == LOW:
-            embedded = self.cond_proj(low.values.to(self.dtype)).repeat(state.rows, 1, 1)
-            masked = torch.cat((~low.known, torch.ones_like(unknown)), dim=1)  # given dense tokens, too: as in training
-            visible = state.visible_low
-        else:
-            embedded = self.embed_pivots(state.pivots, ~state.given)
-            masked = torch.cat((torch.zeros_like(low.known), unknown), dim=1)
-            visible = low.known.shape[1] + state.visible
-        masked = masked.repeat(state.rows, 1)
-        features = self.run(state.context, step.phase, embedded, tokens, masked, visible)
-        state.counters.add(len(masked), self.config.buffer + masked.shape[1])  # of the decoder, the longer sequence
-        if step.phase == LOW:
-            parts = at_targets(features, step, state.rows)
+            values, masked = low.values.repeat(rows, 1, 1), ~low.known.repeat(rows, 1)
+            features = self.low_features(state.context, values, masked, state.visible_low)
+            parts = at_targets(features, step, rows)
             self._keep_pivots(state, step, parts[0])
             return self.diffloss.prediction(parts)
-        parts = rearrange(features[:, low.known.shape[1] :], "(r b) l d -> r b l d", r=state.rows)
-        return self.cond_diffloss.prediction(parts, dense.values, unknown, low.known.shape[1])
+        values, masked = dense.values.repeat(rows, 1, 1), ~dense.known.repeat(rows, 1)
+        pivots = self.embed_pivots(state.pivots, ~state.given)
+        features = self.dense_features(state.context, pivots, values, masked, state.visible)
+        parts = rearrange(features, "(r b) l d -> r b l d", r=rows)
+        return self.cond_diffloss.prediction(parts, dense.values, ~dense.known, first=low.values.shape[1])
 
     @staticmethod
     def _keep_pivots(state: HiMARState, step: Step, states: Tensor) -> None:

@@ -287,7 +287,9 @@ class VisualPipeline(DiffusionPipeline):
 
         def free(scale: float) -> ClassifierFree:
             if scale < least:
-                raise VgenError(f"the guidance scale of this model is at least {least:g} (1: no guidance), got {scale:g}")
+                raise VgenError(
+                    f"the guidance scale of this model is at least {least:g} (1: no guidance), got {scale:g}"
+                )
             return ClassifierFree(
                 scale,
                 _first(schedule, config.guidance_schedule),

@@ -20,6 +20,7 @@ from vgen.models.maskgen_kl import MaskGenKL
 from vgen.samplers.types import Condition, grid_size
 from vgen.train.config import require, require_choice, require_not_negative, require_positive, require_share
 from vgen.train.generator import ConditionConfig, GeneratorConfig, GeneratorSystem, check_generator, model_options
+from vgen.train.maskgit import mask_draws
 
 # Settings of one kind alone.
 OWN = {
@@ -120,11 +121,7 @@ class MaskGenVQSystem(MaskGenSystem):
 
     def draws(self, batch: int, progress: float | None, generator: Generator) -> dict[str, Tensor]:
         """How many tokens are masked, from uniform [B], and which, from permutation [B, L]."""
-        length = grid_size(self.train_tokens.grid)
-        return {
-            "uniform": torch.rand(batch, generator=generator),
-            "permutation": torch.rand(batch, length, generator=generator).argsort(dim=1),
-        }
+        return mask_draws(batch, grid_size(self.train_tokens.grid), generator)
 
 
 class MaskGenKLSystem(MaskGenSystem):

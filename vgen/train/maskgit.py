@@ -59,11 +59,15 @@ class MaskGITSystem(GeneratorSystem):
 
     def draws(self, batch: int, progress: float | None, generator: Generator) -> dict[str, Tensor]:
         """How many tokens are masked, from uniform [B], and which, from permutation [B, L]."""
-        length = grid_size(self.train_tokens.grid)
-        return {
-            "uniform": torch.rand(batch, generator=generator),
-            "permutation": torch.rand(batch, length, generator=generator).argsort(dim=1),
-        }
+        return mask_draws(batch, grid_size(self.train_tokens.grid), generator)
+
+
+def mask_draws(batch: int, length: int, generator: Generator) -> dict[str, Tensor]:
+    """The draws of `MaskedTokenModel.loss`: uniform [B] and permutation [B, L]."""
+    return {
+        "uniform": torch.rand(batch, generator=generator),
+        "permutation": torch.rand(batch, length, generator=generator).argsort(dim=1),
+    }
 
 
 def check(config: Config) -> None:

@@ -25,7 +25,9 @@ class Trace:
 
     def __init__(self, limit: int = 16):
         self.limit = limit
-        self.states: list[tuple[Tensor, int, Tensor]] = []  # tokens of all levels, level from the end, known [B, T, H, W]
+        self.states: list[
+            tuple[Tensor, int, Tensor]
+        ] = []  # tokens of all levels, level from the end, known [B, T, H, W]
         self.closed = False
 
     def __call__(self, step: Step, canvas: Canvas) -> None:

@@ -170,8 +170,8 @@ def check_forward(fixture: Fixture):
     labels = model.vocabulary.labels(inputs["labels"].tolist())
     run, seen = model.run, []
 
-    def spy(context, phase, low, tokens, masked, visible):
-        features = run(context, phase, low, tokens, masked, visible)
+    def spy(context, phase, x, masked, visible):
+        features = run(context, phase, x, masked, visible)
         seen.append((masked, features))
         return features
 
