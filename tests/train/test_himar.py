@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
-from vgen.data.tokens import write_tokens
+from vgen.data.tokens import TokenDataset, write_tokens
 from vgen.errors import VgenError
 from vgen.pipelines.visual import VisualPipeline
-from vgen.tokenizers_vis.kl import KLModel
 from vgen.train.himar import HiMARSystem
 from vgen.train.loop import train
-from vgen.train.system import build_system, load_config
+from vgen.train.system import build_system
 from vgen.viz.trace import Trace
 
 SMALL = {
@@ -33,54 +31,13 @@ SMALL = {
 
 
 @pytest.fixture
-def latent_pairs(tmp_path):
-    """A folder of token sets on 4x4 and 2x2 grids of 3 channels: the caption decides the sign of the first channel."""
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    for split, rows in (("train", 24), ("heldout", 6)):
-        kind = torch.arange(rows) % 2
-        tokens, low = torch.zeros(rows, 16, 3), torch.zeros(rows, 4, 3)
-        for latents in (tokens, low):
-            latents[..., 0] = (2.0 * kind - 1)[:, None]
-        write_tokens(
-            folder / f"{split}.safetensors",
-            tokens,
-            captions=[f"sign {['minus', 'plus'][k]}" for k in kind],
-            labels=kind.tolist(),
-            keys=[f"{split}-{i}" for i in range(rows)],
-            grid=(1, 4, 4),
-            vocabulary=None,
-            tokenizer="none",
-            class_names=("minus", "plus"),
-            low_grid=(1, 2, 2),
-            more={
-                "deviations": torch.full_like(tokens, 0.1),
-                "low": low,
-                "low_deviations": torch.full_like(low, 0.1),
-            },
-        )
-    return folder
-
-
-@pytest.fixture
-def config_of(tmp_path, latent_pairs):
-    KLModel(
-        ch=8, ch_mult=(1, 1), num_res_blocks=1, latent_channels=3, num_groups=4, scale=1.0
-    ).save_pretrained(tmp_path / "tokenizer")  # fmt: skip
-
+def config_of(latent_config):
     def make(*overrides):
         content = {
-            "version": 1,
             "system": "himar",
-            "out": str(tmp_path / "himar"),
             "steps": 40,
-            "batch_size": 8,
             "log_every": 20,
             "evaluate_every": 40,
-            "preview_every": 0,
-            "ema_decay": 0.9,
-            "tensorboard": False,
-            "data": {"tokens": str(latent_pairs), "tokenizer": str(tmp_path / "tokenizer")},
             "model": SMALL,
             "optimizer": {"lr": 0.005, "warmup_steps": 5},
             "sampling": {
@@ -94,9 +51,7 @@ def config_of(tmp_path, latent_pairs):
                 "clip": 3.0,
             },
         }
-        path = tmp_path / "himar.yaml"
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return load_config(path, overrides)
+        return latent_config(content, *overrides)
 
     return make
 
@@ -180,8 +135,12 @@ def test_impossible_settings_are_refused(config_of, overrides, message):
 
 
 def test_latents_of_one_size_do_not_do(config_of, latent_sets):
+    path = latent_sets / "train.safetensors"
+    data = TokenDataset(path)
+    names = {name: getattr(data, name) for name in ("captions", "labels", "keys", "class_names", "tokenizer", "grid")}
+    write_tokens(path, data.tokens, vocabulary=None, **names)
     with pytest.raises(VgenError, match="no latents of smaller pictures"):
-        config_of(f"data.tokens={latent_sets}")
+        config_of()
 
 
 def test_settings_of_a_small_picture_need_one(pipeline):

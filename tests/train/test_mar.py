@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-import yaml
 
 from vgen.errors import VgenError
 from vgen.pipelines.visual import VisualPipeline
-from vgen.tokenizers_vis.kl import KLModel
 from vgen.train.loop import train
 from vgen.train.mar import MARSystem
-from vgen.train.system import build_system, load_config
+from vgen.train.system import build_system
 
 STACKS = {
     f"{stack}_{key}": value
@@ -20,24 +18,13 @@ SMALL = {"buffer": 2, "head_width": 32, "head_layers": 2, "dropout": 0.0, "atten
 
 
 @pytest.fixture
-def config_of(tmp_path, latent_sets):
-    KLModel(
-        ch=8, ch_mult=(1, 1), num_res_blocks=1, latent_channels=3, num_groups=4, scale=1.0
-    ).save_pretrained(tmp_path / "tokenizer")  # fmt: skip
-
+def config_of(latent_config):
     def make(*overrides, **model):
         content = {
-            "version": 1,
             "system": "mar",
-            "out": str(tmp_path / "mar"),
             "steps": 120,
-            "batch_size": 8,
             "log_every": 60,
             "evaluate_every": 60,
-            "preview_every": 0,
-            "ema_decay": 0.9,
-            "tensorboard": False,
-            "data": {"tokens": str(latent_sets), "tokenizer": str(tmp_path / "tokenizer")},
             "model": {**SMALL, **model},
             "optimizer": {"lr": 0.003, "warmup_steps": 5},
             "sampling": {
@@ -46,9 +33,7 @@ def config_of(tmp_path, latent_sets):
                 "guidance_schedule": "linear-clamped",
             },
         }
-        path = tmp_path / "mar.yaml"
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return load_config(path, overrides)
+        return latent_config(content, *overrides)
 
     return make
 

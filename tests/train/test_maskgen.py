@@ -101,7 +101,7 @@ def test_codes_are_learned_from_captions(config_of, clip):
 
 
 def test_latents_are_learned_from_captions(config_of, clip):
-    config = config_of("kl", "steps=40", "evaluate_every=0", "optimizer.lr=0.01", "sampling.substeps=ddim20")
+    config = config_of("kl", "steps=80", "evaluate_every=0", "optimizer.lr=0.005", "sampling.substeps=ddim20")
     summary = train(config)
     pipe = VisualPipeline.from_pretrained(summary.model)
     pipe.model.read_words({"text_encoder": Path(clip)})

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import yaml
 
 from vgen.errors import VgenError
 from vgen.models.tokenbridge import TokenBridgeGenerator
@@ -12,7 +11,7 @@ from vgen.pipelines.visual import VisualPipeline
 from vgen.tokenizers_vis.kl import KLModel
 from vgen.tokenizers_vis.tokenbridge import TokenBridge
 from vgen.train.loop import train
-from vgen.train.system import build_system, load_config
+from vgen.train.system import build_system
 
 STACKS = {
     f"{stack}_{key}": value
@@ -23,24 +22,14 @@ SMALL = {"buffer": 2, "head_width": 32, "head_layers": 1, "head_heads": 2, "drop
 
 
 @pytest.fixture
-def config_of(tmp_path, latent_sets):
-    KLModel(
-        ch=8, ch_mult=(1, 1), num_res_blocks=1, latent_channels=3, num_groups=4, scale=1.0
-    ).save_pretrained(tmp_path / "tokenizer")  # fmt: skip
-
+def config_of(latent_config):
     def make(*overrides):
         content = {
-            "version": 1,
             "system": "tokenbridge",
-            "out": str(tmp_path / "tokenbridge"),
             "steps": 80,
-            "batch_size": 8,
             "log_every": 30,
             "evaluate_every": 80,
-            "preview_every": 0,
             "ema_decay": 0.8,
-            "tensorboard": False,
-            "data": {"tokens": str(latent_sets), "tokenizer": str(tmp_path / "tokenizer")},
             "model": {**SMALL, **STACKS},
             "quantizer": {"bits": 3},
             "optimizer": {"lr": 0.005, "warmup_steps": 5},
@@ -50,9 +39,7 @@ def config_of(tmp_path, latent_sets):
                 "guidance_schedule": "linear-clamped",
             },
         }
-        path = tmp_path / "tokenbridge.yaml"
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return load_config(path, overrides)
+        return latent_config(content, *overrides)
 
     return make
 

@@ -2,37 +2,24 @@
 
 import pytest
 import torch
-import yaml
 
 from vgen.errors import VgenError
 from vgen.pipelines.visual import VisualPipeline
-from vgen.tokenizers_vis.kl import KLModel
 from vgen.train.loop import train
-from vgen.train.system import build_system, load_config
+from vgen.train.system import build_system
 
 SMALL = {"entities": "blocks-2", "width": 32, "heads": 2, "encoder_depth": 1, "decoder_depth": 1}
 SMALL |= {"dropout": 0.0, "attention_dropout": 0.0}
 
 
 @pytest.fixture
-def config_of(tmp_path, latent_sets):
-    KLModel(
-        ch=8, ch_mult=(1, 1), num_res_blocks=1, latent_channels=3, num_groups=4, scale=1.0
-    ).save_pretrained(tmp_path / "tokenizer")  # fmt: skip
-
+def config_of(latent_config):
     def make(*overrides, **model):
         content = {
-            "version": 1,
             "system": "xar",
-            "out": str(tmp_path / "xar"),
             "steps": 100,
-            "batch_size": 8,
             "log_every": 50,
             "evaluate_every": 100,
-            "preview_every": 0,
-            "ema_decay": 0.9,
-            "tensorboard": False,
-            "data": {"tokens": str(latent_sets), "tokenizer": str(tmp_path / "tokenizer")},
             "model": {**SMALL, **model},
             "optimizer": {"lr": 0.003, "warmup_steps": 5},
             "sampling": {
@@ -42,9 +29,7 @@ def config_of(tmp_path, latent_sets):
                 "solver": "sde",
             },
         }
-        path = tmp_path / "xar.yaml"
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return load_config(path, overrides)
+        return latent_config(content, *overrides)
 
     return make
 
