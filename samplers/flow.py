@@ -3,6 +3,10 @@
 A flow moves noise to data along straight lines x_t = t · noise + (1 - t) · data (arXiv 2209.03003; 2210.02747), so time
 runs from 1 to 0 and the velocity dx/dt is noise - data. Solvers are free functions over a `velocity(x, t)`: what runs the
 network, mixes guidance rows or records a trace is the caller's. A model that predicts data - noise passes its negative.
+
+diffusers' FlowMatchEulerDiscreteScheduler takes the same Euler steps, in fp32. It is not used because it keeps the place in
+one trajectory as its state, whereas here several run inside each other (an entity's in a picture's), and because it has
+neither the SDE of xAR, whose state is fp64, nor jumps along average velocities.
 """
 
 from __future__ import annotations

@@ -158,7 +158,12 @@ class Points:
     def after_step(self, step: int) -> list[str]:
         """Says when latents hardly differ from picture to picture."""
         done, config = step + 1, self.config
-        if config.batch_size < 2 or done % config.log_every or done < 0.1 * config.steps or self.latest.item() >= ACTIVE:
+        if (
+            config.batch_size < 2
+            or done % config.log_every
+            or done < 0.1 * config.steps
+            or self.latest.item() >= ACTIVE
+        ):
             return []
         return [
             f"warning: only {self.latest.item():.2%} of the latents' variance lies between pictures: they say next to nothing; lower the "

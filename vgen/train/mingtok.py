@@ -123,7 +123,9 @@ class MingTokSystem(PictureSystem):
         _, height, width = self.model.spec.grid(*pixels.shape[-2:])
         draws = torch.rand(len(pixels), 1 + height * width, generator=generator, device=generator.device)
         order = draws[:, 1:].argsort(dim=1).to(pixels.device)
-        return draw_mask(draws[:, 0].to(pixels.device), order, self.config.loss.masked_share, self.config.loss.mask_ratio)
+        return draw_mask(
+            draws[:, 0].to(pixels.device), order, self.config.loss.masked_share, self.config.loss.mask_ratio
+        )
 
     def after_step(self, step: int, generator: Generator, averages: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
         """Says when latents hardly differ from picture to picture."""

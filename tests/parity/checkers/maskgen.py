@@ -198,7 +198,9 @@ def _check_head(model: MaskGenKL, fixture: Fixture) -> None:
     guided = torch.cat((torch.cat((noise, spread), dim=1), torch.cat((noise, free), dim=1)))
     assert_close(guided, out["head_cfg"], 1e-3, "guided head")
     noise = x.flip(0)  # of the recorded terms
-    mse, bits = diffusion_terms(model.diffloss.process, head(model.diffloss.process.noised(x, t, noise), t, c), x, noise, t)
+    mse, bits = diffusion_terms(
+        model.diffloss.process, head(model.diffloss.process.noised(x, t, noise), t, c), x, noise, t
+    )
     assert_close(mse, out["head_mse"], what="squared error")
     assert_close(bits[t > 0], out["head_vb"][t > 0], what="bound")
     assert_close(bits, out["head_vb"], 1e-3, "bound with t = 0")  # fp32: a difference of nearly equal numbers
