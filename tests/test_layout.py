@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DIRECTION = [
     "vgen.errors",
     "vgen.files",
+    "vgen.sizes",
     "vgen.checkpoints",
     "vgen.kernels",
     "vgen.layers",

@@ -20,9 +20,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
-from vgen.errors import VgenError, nearest
+from vgen.errors import VgenError
 from vgen.layers.conv import Decoder, Encoder
 from vgen.layers.taming import rename_taming
+from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
 from vgen.tokenizers_vis.maskgit_vqgan import Codebook
 from vgen.tokenizers_vis.quantizers import Quantized, with_bookkeeping
@@ -53,7 +54,7 @@ class ChameleonOutput:
     quantized: Quantized
 
 
-class ChameleonVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
+class ChameleonVQGAN(NamedSizes, CodeTokenizer, ModelMixin, ConfigMixin):
     """Encoder, Euclidean codebook, decoder; any sides that are multiples of the downsampling.
 
     ch: base width; ch_mult: width multipliers, finest level first; num_res_blocks: per level (one more in the decoder);
@@ -61,6 +62,7 @@ class ChameleonVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
     every GroupNorm; usage_window: length of the usage queue (0: none, as in the published file).
     """
 
+    SIZES = SIZES
     coding_parts = ("encoder", "quant_conv", "quantize")  # what decides about the tokens of a picture
 
     @register_to_config
@@ -84,15 +86,6 @@ class ChameleonVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         factor = 2 ** (len(ch_mult) - 1)
         self.spec = TokenSpec(downsample=(1, factor, factor), vocabulary=n_embed)
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> ChameleonVQGAN:
-        """A model with fresh weights from the table SIZES; `changes` are keyword arguments of the constructor."""
-        if size not in SIZES:
-            raise VgenError(
-                f"unknown Chameleon VQGAN size {size!r}{nearest(size, SIZES)}; known sizes: {', '.join(SIZES)}"
-            )
-        return cls(**{**SIZES[size], **changes})
 
     @classmethod
     def from_original(

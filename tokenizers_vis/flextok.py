@@ -26,10 +26,11 @@ from einops import rearrange
 from torch import Tensor
 
 from vgen.checkpoints import load_exactly, read_state_dict
-from vgen.errors import VgenError, nearest
+from vgen.errors import VgenError
 from vgen.samplers.flow import FlowGuidance, ProjectedGuidance, euler, even_times
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.types import Grid
+from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import TokenSpec, check_tokens
 from vgen.tokenizers_vis.flextok_files import file_facts
 from vgen.tokenizers_vis.flextok_nets import FlexTokDecoder, FlexTokEncoder
@@ -59,7 +60,7 @@ SIZES: dict[str, dict[str, Any]] = {
 Noise = Tensor | PhiloxNoise | None
 
 
-class FlexTok(ModelMixin, ConfigMixin):
+class FlexTok(NamedSizes, ModelMixin, ConfigMixin):
     """VAE, register encoder, quantizer and flow decoder. Keys and values equal the published files.
 
     vae_family: of the tokenizer of Gaussian latents below, in `registry.TOKENIZERS` (None: the maps are the pixels);
@@ -68,6 +69,7 @@ class FlexTok(ModelMixin, ConfigMixin):
     max_time: of the time embedding; guidance, steps: what `decode` uses when it is not told.
     """
 
+    SIZES = SIZES
     _supports_gradient_checkpointing = True
     _repeated_blocks = ("EncoderBlock", "DecoderBlock")
     _no_split_modules = ("EncoderBlock", "DecoderBlock")
@@ -106,18 +108,6 @@ class FlexTok(ModelMixin, ConfigMixin):
         self.spec = TokenSpec((1, *self.size), vocabulary=self.quantizer.vocabulary, sequence=registers)
 
     # -- construction ----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> FlexTok:
-        """A model with fresh weights from the table SIZES; `changes` are keyword arguments of the constructor."""
-        return cls(**{**cls.size_config(size), **changes})
-
-    @staticmethod
-    def size_config(size: str) -> dict[str, Any]:
-        """Constructor arguments of a named size."""
-        if size not in SIZES:
-            raise VgenError(f"unknown FlexTok size {size!r}{nearest(size, SIZES)}; known sizes: {', '.join(SIZES)}")
-        return dict(SIZES[size])
 
     @classmethod
     def from_original(

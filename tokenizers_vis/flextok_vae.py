@@ -20,7 +20,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from vgen.checkpoints import load_exactly, read_state_dict
-from vgen.errors import VgenError, nearest
+from vgen.errors import VgenError
+from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import LatentTokenizer, TokenSpec
 from vgen.tokenizers_vis.posterior import DiagonalGaussian
 
@@ -35,13 +36,15 @@ SIZES: dict[str, dict[str, Any]] = {
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-class FlexTokVAE(LatentTokenizer, ModelMixin, ConfigMixin):
+class FlexTokVAE(NamedSizes, LatentTokenizer, ModelMixin, ConfigMixin):
     """AutoencoderKL with scaled latents.
 
     latent_channels: C; block_out_channels: width of every level, finest first (each level but the last halves the sides);
     layers_per_block: ResNet blocks per encoder level (the decoder has one more); norm_num_groups: of every GroupNorm;
     scale: latents are multiplied by it, so that generators see numbers of about unit variance.
     """
+
+    SIZES = SIZES
 
     @register_to_config
     def __init__(
@@ -64,13 +67,6 @@ class FlexTokVAE(LatentTokenizer, ModelMixin, ConfigMixin):
         )
         factor = 2 ** (levels - 1)
         self.spec = TokenSpec(downsample=(1, factor, factor), channels=latent_channels)
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> FlexTokVAE:
-        """A model with fresh weights of a size in SIZES; `changes` are further constructor arguments."""
-        if size not in SIZES:
-            raise VgenError(f"unknown FlexTok VAE size {size!r}{nearest(size, SIZES)}; known sizes: {', '.join(SIZES)}")
-        return cls(**{**SIZES[size], **changes})
 
     @classmethod
     def from_original(

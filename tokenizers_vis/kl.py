@@ -23,9 +23,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
-from vgen.errors import VgenError, nearest
 from vgen.layers.conv import Decoder, Encoder
 from vgen.layers.taming import rename_taming
+from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import LatentTokenizer, TokenSpec
 from vgen.tokenizers_vis.posterior import DiagonalGaussian
 
@@ -58,7 +58,7 @@ class KLOutput:
     posterior: DiagonalGaussian
 
 
-class KLModel(LatentTokenizer, ModelMixin, ConfigMixin):
+class KLModel(NamedSizes, LatentTokenizer, ModelMixin, ConfigMixin):
     """Convolutional encoder to a diagonal Gaussian, and decoder. Tokens are the latents times `scale`: [B, N, C].
 
     ch: base width; ch_mult: width multipliers, finest level first; num_res_blocks: per level (one more in the decoder);
@@ -68,6 +68,7 @@ class KLModel(LatentTokenizer, ModelMixin, ConfigMixin):
     token of packing² C channels (1: every latent is a token). Downsampling = patch_size * 2 ** (levels - 1) * packing.
     """
 
+    SIZES = SIZES
     coding_parts = ("encoder", "quant_conv")  # what decides about the tokens of a picture
 
     @register_to_config
@@ -101,13 +102,6 @@ class KLModel(LatentTokenizer, ModelMixin, ConfigMixin):
         self.spec = TokenSpec(downsample=(1, factor, factor), channels=latent_channels * packing**2)
 
     # -- construction ----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> KLModel:
-        """A model with fresh weights from the table SIZES; `changes` are keyword arguments of the constructor."""
-        if size not in SIZES:
-            raise VgenError(f"unknown KL size {size!r}{nearest(size, SIZES)}; known sizes: {', '.join(SIZES)}")
-        return cls(**{**SIZES[size], **changes})
 
     @classmethod
     def from_original(

@@ -24,8 +24,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
-from vgen.errors import VgenError, nearest
 from vgen.layers.conv import group_norm
+from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
 from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer, with_bookkeeping
 
@@ -167,7 +167,7 @@ class VQGANOutput:
     quantized: Quantized
 
 
-class MaskGITVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
+class MaskGITVQGAN(NamedSizes, CodeTokenizer, ModelMixin, ConfigMixin):
     """Encoder, codebook, decoder. Keys and values equal the published file.
 
     hidden_channels: base width; channel_mult: width multipliers, finest level first; num_res_blocks: per level;
@@ -175,6 +175,7 @@ class MaskGITVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
     of the usage queue (0: none, as in the published file).
     """
 
+    SIZES = SIZES
     coding_parts = ("encoder", "quantize")  # what decides about the tokens of a picture
 
     @register_to_config
@@ -195,15 +196,6 @@ class MaskGITVQGAN(CodeTokenizer, ModelMixin, ConfigMixin):
         self.quantize = Codebook(num_embeddings, z_channels, beta, usage_window)
         factor = 2 ** (len(channel_mult) - 1)
         self.spec = TokenSpec(downsample=(1, factor, factor), vocabulary=num_embeddings)
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> MaskGITVQGAN:
-        """A model with fresh weights from the table SIZES; `changes` are keyword arguments of the constructor."""
-        if size not in SIZES:
-            raise VgenError(
-                f"unknown MaskGIT-VQGAN size {size!r}{nearest(size, SIZES)}; known sizes: {', '.join(SIZES)}"
-            )
-        return cls(**{**SIZES[size], **changes})
 
     @classmethod
     def from_original(

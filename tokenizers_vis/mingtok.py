@@ -27,9 +27,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
-from vgen.errors import VgenError, nearest
+from vgen.errors import VgenError
 from vgen.layers.pixels import centre_square, to_pixels
 from vgen.samplers.types import Grid
+from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import TokenSpec, check_latents, fitting_grid, refuse_steps
 from vgen.tokenizers_vis.mingtok_nets import (
     Hidden,
@@ -76,7 +77,7 @@ class MingTokOutput:
         return self.latents[:, :-1]
 
 
-class MingTok(ModelMixin, ConfigMixin):
+class MingTok(NamedSizes, ModelMixin, ConfigMixin):
     """Encoder, semantic decoder, pixel decoder. Keys and values equal the published file.
 
     image_size: pixels per side at which the encoder's positions are not interpolated; patch_size: pixels per side of a
@@ -85,6 +86,7 @@ class MingTok(ModelMixin, ConfigMixin):
     (raw latent - mean) / scale. Loaded with dtype=torch.bfloat16 the pixel decoder stays in fp32, as in the release.
     """
 
+    SIZES = SIZES
     _supports_gradient_checkpointing = True
     _repeated_blocks = ("ViTBlock",)
     _no_split_modules = ("ViTBlock",)
@@ -121,13 +123,6 @@ class MingTok(ModelMixin, ConfigMixin):
         self.spec = TokenSpec(downsample=(1, patch_size, patch_size), channels=latent_channels)
 
     # -- construction ----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> MingTok:
-        """A model with fresh weights from the table SIZES; `changes` are keyword arguments of the constructor."""
-        if size not in SIZES:
-            raise VgenError(f"unknown MingTok size {size!r}{nearest(size, SIZES)}; known sizes: {', '.join(SIZES)}")
-        return cls(**{**SIZES[size], **changes})
 
     @classmethod
     def from_original(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from diffusers import (
@@ -24,8 +24,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
-from vgen.errors import VgenError, nearest
+from vgen.errors import VgenError
 from vgen.samplers.types import Grid
+from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import LatentTokenizer, TokenSpec, check_latents, check_tokens, refuse_steps
 from vgen.tokenizers_vis.online_clustering import OnlineClusteringQuantizer
 from vgen.tokenizers_vis.posterior import DiagonalGaussian
@@ -73,27 +74,17 @@ class TiTokOutput:
     posterior: DiagonalGaussian | None = None
 
 
-class TiTok:
+class TiTok(NamedSizes):
     """What all TiTok classes share: construction, files, and the way to the latents.
 
     A subclass is a ModelMixin with `SIZES`, `spec`, `encoder`, `latent_tokens`, and two steps of decoding: vectors(tokens) ->
     [B, C, 1, N], reconstruct(vectors, condition) -> [B, 3, H, W].
     """
 
-    SIZES: ClassVar[dict[str, dict[str, Any]]]
     _supports_gradient_checkpointing = True
     _repeated_blocks = ("Block",)
     _no_split_modules = ("Block",)
     coding_parts = ("latent_tokens", "encoder", "quantize")  # what decides about the tokens of a picture
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> Self:
-        """A model with fresh weights from the class's table of sizes; `changes` are keyword arguments of the constructor."""
-        if size not in cls.SIZES:
-            raise VgenError(
-                f"unknown {cls.__name__} size {size!r}{nearest(size, cls.SIZES)}; known sizes: {', '.join(cls.SIZES)}"
-            )
-        return cls(**{**cls.SIZES[size], **changes})
 
     @classmethod
     def from_original(cls, source: str | Path | Mapping[str, Tensor], config: str | Mapping[str, Any]) -> Self:

@@ -17,8 +17,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
-from vgen.errors import VgenError, nearest
+from vgen.errors import VgenError
 from vgen.layers.conv import Decoder, Encoder
+from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
 from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer, with_bookkeeping
 
@@ -57,7 +58,7 @@ class VQOutput:
     quantized: Quantized
 
 
-class VQModel(CodeTokenizer, ModelMixin, ConfigMixin):
+class VQModel(NamedSizes, CodeTokenizer, ModelMixin, ConfigMixin):
     """Encoder, L2-normalised codebook, decoder. Keys and values equal the published files.
 
     ch: base width; *_ch_mult: width multipliers, finest level first; num_res_blocks: per level; z_channels: width between the
@@ -67,6 +68,7 @@ class VQModel(CodeTokenizer, ModelMixin, ConfigMixin):
     published). Downsampling = patch_size * 2 ** (levels - 1).
     """
 
+    SIZES = SIZES
     coding_parts = ("encoder", "quant_conv", "quantize")  # what decides about the tokens of a picture
 
     @register_to_config
@@ -106,13 +108,6 @@ class VQModel(CodeTokenizer, ModelMixin, ConfigMixin):
         self.spec = TokenSpec(downsample=(1, factor, factor), vocabulary=codebook_size)
 
     # -- construction ----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> VQModel:
-        """A model with fresh weights from the table SIZES; `changes` are keyword arguments of the constructor."""
-        if size not in SIZES:
-            raise VgenError(f"unknown VQ size {size!r}{nearest(size, SIZES)}; known sizes: {', '.join(SIZES)}")
-        return cls(**{**SIZES[size], **changes})
 
     @classmethod
     def from_original(

@@ -26,6 +26,7 @@ from vgen.layers.transformer import Checkpointed
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.predictions import Logits
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, as_grid, grid_size
+from vgen.sizes import NamedSizes
 
 # Share of the tokens that is masked in training, as a function of t ~ U(0, 1) (MaskGIT, section 3.3; MUSE, arXiv 2301.00704).
 MASK_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,10 +86,9 @@ class MaskedState:
         return replace(self, context=tuple(part[index] for part in self.context))
 
 
-class MaskedModel(Checkpointed):
-    """Files and the start of a run. SIZES: constructor arguments by name; IGNORED: first parts of keys that may be left over."""
+class MaskedModel(NamedSizes, Checkpointed):
+    """Files and the start of a run. IGNORED: first parts of keys that may be left over."""
 
-    SIZES: ClassVar[dict[str, dict[str, Any]]]
     IGNORED: ClassVar[tuple[str, ...]] = ()
     _supports_gradient_checkpointing = True
 
@@ -101,15 +101,6 @@ class MaskedModel(Checkpointed):
         self.gradient_checkpointing = False
 
     # ---------------------------------------------------------------- files
-
-    @classmethod
-    def size_config(cls, size: str) -> dict[str, Any]:
-        """Constructor arguments of a named size (`SIZES`)."""
-        if size not in cls.SIZES:
-            raise VgenError(
-                f"unknown {cls.__name__} size {size!r}{nearest(size, cls.SIZES)}; sizes: {', '.join(cls.SIZES)}"
-            )
-        return dict(cls.SIZES[size])
 
     @classmethod
     def from_original(cls, source: str | Path | Mapping[str, Tensor], config: str | Mapping[str, Any]) -> Self:
