@@ -5,7 +5,10 @@ and reports
   training    floating-point operations of the whole training, counted by torch over forward and backward passes of the loss
   calls       passes of the backbone a batch; substeps: of a token's head, or of an entity's flow
   images/s    with guidance, latents and pixels; all rows in one run on one machine
-  retrieval   share of pictures whose nearest dataset picture is the one that bears the caption; PSNR: against that picture, in dB
+  tokens, pairs   Fréchet distance of single latents, and of latents with their right-hand neighbours, from those of the captions'
+              own pictures: is a token one that occurs (0: as in the data), and does it fit the one beside it
+  retrieval   share of pictures whose nearest dataset picture is the one that bears the caption; PSNR: against that picture, in dB. Both
+              like blur: the mean of all pictures that a caption might mean is nearer to each of them than they are to each other
 
 The losses of these families measure different things and are not compared.
 
@@ -25,14 +28,17 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from vgen.cli.sample import load_pipeline
 from vgen.eval.captions import CaptionTask
+from vgen.eval.frechet import frechet_distance, pair_rows, token_rows
 from vgen.eval.report import machine_line
 from vgen.files import atomic_path, write_json
 from vgen.pipelines.visual import VisualPipeline
+from vgen.samplers.types import Canvas
 from vgen.train.loop import train
 from vgen.train.system import build_system, load_config
 from vgen.viz.sheets import sheet
@@ -116,8 +122,20 @@ def measure(row: Row, pipe: VisualPipeline, task: CaptionTask, batch: int) -> tu
         "calls": result.stats.calls / result.stats.batches,
         "images_per_second": len(task.prompts) / seconds,
         **task.figures(result),
+        **fidelity(pipe, result.tokens, task.tokens),
     }
     return figures, result.images[:12]
+
+
+def fidelity(pipe: VisualPipeline, tokens: Tensor, own: Tensor) -> dict[str, float]:
+    """Fréchet distances from the latents `own` [M, N, C]. tokens: of all levels; levels of channels are read as latents."""
+    finest = Canvas(pipe.grids, tokens).part(-1).values if len(pipe.grids) > 1 else tokens
+    latents = finest if finest.is_floating_point() else pipe.tokenizer.latents(finest)
+    latents, grid = latents.cpu(), pipe.model.grid
+    return {
+        "token_distance": frechet_distance(token_rows(latents), token_rows(own)),
+        "pair_distance": frechet_distance(pair_rows(latents, grid), pair_rows(own, grid)),
+    }
 
 
 def main() -> None:
@@ -153,12 +171,12 @@ def report(
         f"{len(task.prompts)} training captions, guidance {SCALE:g}, seed 0, batches of {args.batch_size}; "
         f"machine: {machine}.",
         "",
-        "| model | parameters | training, TFLOP | calls | substeps | images/s | retrieval | PSNR, dB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | parameters | training, TFLOP | calls | substeps | images/s | tokens | pairs | retrieval | PSNR, dB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['model']} | {r['parameters'] / 1e6:.1f} M | {r['training_flops'] / 1e12:.1f} | {r['calls']:.0f} | {r['substeps']} "
-        f"| {r['images_per_second']:.1f} | {100 * r['retrieval']:.1f} % | {r['psnr']:.1f} |"
+        f"| {r['images_per_second']:.1f} | {r['token_distance']:.2f} | {r['pair_distance']:.2f} | {100 * r['retrieval']:.1f} % | {r['psnr']:.1f} |"
         for r in rows
     ]
     with atomic_path(args.out.with_suffix(".md")) as temporary:

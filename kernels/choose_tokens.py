@@ -207,7 +207,11 @@ def _check(logits: Tensor, temperature: float, top_k: int, top_p: float) -> None
 def _weights(weights: Sequence[float] | Tensor, logits: Tensor) -> Tensor:
     """[R, m] float32 on the device of `logits`, without a copy of a device tensor."""
     rows, _, m, _ = logits.shape
-    tensor = torch.as_tensor(weights, dtype=torch.float32, device=logits.device)
+    if isinstance(weights, Tensor):
+        tensor = weights.to(logits.device, torch.float32)
+    else:  # filled on the device: a copy from the host would wait for it
+        parts = [torch.full((1,), weight, dtype=torch.float32, device=logits.device) for weight in weights]
+        tensor = torch.cat(parts) if parts else torch.empty(0)
     if tensor.shape not in ((rows,), (rows, m)):
         raise VgenError(f"weights must be [R] = [{rows}] or [R, m] = [{rows}, {m}], got {list(tensor.shape)}")
     return tensor[:, None].expand(rows, m) if tensor.dim() == 1 else tensor

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vgen.errors import VgenError, nearest
+from vgen.samplers.diffusion import spaced_timesteps
 from vgen.samplers.types import Step
 
 SCORES = ("log_prob", "logit")
@@ -146,7 +147,9 @@ class DiffusionChoice:
         settings.check_continuous()
         if settings.shift != 1.0:
             raise VgenError("this model denoises by diffusion; a time shift is for flows, leave it out")
-        substeps = settings.substeps and str(settings.substeps)
+        substeps = None if settings.substeps is None else str(settings.substeps)
+        if substeps is not None:
+            spaced_timesteps(substeps)  # says what is wrong with it before anything is made
         given = {"substeps": substeps, "solver": settings.solver, "clip": settings.clip}
         return cls(settings.temperature, **{name: value for name, value in given.items() if value is not None})
 
@@ -182,8 +185,8 @@ class FlowChoice:
             raise VgenError("this model follows a flow; a bound (clip) is for diffusion, leave it out")
         if settings.low_substeps is not None:
             raise VgenError("this model has the same number of substeps for all tokens; leave out low_substeps")
-        if not isinstance(settings.substeps or 1, int):
-            raise VgenError(f"the substeps of a flow are a number such as 50, got {settings.substeps!r}")
+        if not isinstance(settings.substeps, int | None):
+            raise VgenError(f"the substeps of a flow are a whole number such as 50, got {settings.substeps!r}")
         given = {"substeps": settings.substeps, "solver": settings.solver}
         return cls(
             settings.temperature,

@@ -156,14 +156,15 @@ def spaced_timesteps(spacing: str, steps: int = TRAIN_STEPS) -> list[int]:
         counts = [int(part) for part in spacing.split(",")]
     except (ValueError, StopIteration) as error:
         raise VgenError(
-            f"a spacing is a count such as '100', counts of sections such as '3,2,1', or 'ddim' and a count that a whole "
-            f"stride over {steps} timesteps gives, got {spacing!r}"
+            f"the substeps of a diffusion are a count such as '100', counts of sections such as '3,2,1', or 'ddim' and a count "
+            f"that a whole stride over {steps} timesteps gives, such as 'ddim50'; got {spacing!r}"
         ) from error
     kept, start = [], 0
     for section, count in enumerate(counts):
         size = steps // len(counts) + (section < steps % len(counts))
         if not 1 <= count <= size:
-            raise VgenError(f"a section of {size} timesteps can keep 1 to {size} of them, got {count} in {spacing!r}")
+            what = "a diffusion" if len(counts) == 1 else "a section"
+            raise VgenError(f"{what} of {size} timesteps can take 1 to {size} substeps, got {count} in {spacing!r}")
         stride = 1.0 if count == 1 else (size - 1) / (count - 1)
         place = 0.0
         for _ in range(count):

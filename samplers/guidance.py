@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vgen.errors import VgenError, nearest
@@ -99,8 +98,8 @@ class ClassifierFree:
         return (scale, 1.0 - scale)
 
     def mix(self, parts: Tensor, weights: Sequence[float]) -> Tensor:
-        """Weighted sum of [R, ...] in fp32."""
-        return torch.einsum("r...,r->...", parts.float(), torch.tensor(weights, device=parts.device))
+        """Weighted sum of [R, ...] in fp32. The weights stay on the host: copying them in every substep would wait for the device."""
+        return weighted_sum(parts, weights)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,16 +28,23 @@ class PhiloxNoise:
 
     seed: int
     samples: Tensor
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
             raise VgenError(f"the seed must be an integer from 0 to {2**32 - 1}, got {self.seed}")
 
+    def _samples(self, device: torch.device) -> Tensor:
+        """The samples on a device, copied there once: a copy in every substep would wait for it."""
+        if device not in self._copies:
+            self._copies[device] = self.samples.to(device)
+        return self._copies[device]
+
     def token_noise(self, stream: int, step: Step, shape: Sequence[int]) -> dict[str, Any]:
         """The Philox key and counter: `choose_tokens` draws inside its kernel."""
         return {
             "seed": self.seed,
-            "samples": self.samples.to(step.targets.device),
+            "samples": self._samples(step.targets.device),
             "positions": step.targets,
             "step": step.index,
             "stream": stream,
@@ -62,7 +69,7 @@ class PhiloxNoise:
         return philox_normal(self.seed, samples, origin, 0, START, math.prod(shape[1:])).view(*shape)
 
     def _draw(self, kind: Callable[..., Tensor], stream: int, step: Step, shape: Sequence[int]) -> Tensor:
-        samples = self.samples.to(step.targets.device)
+        samples = self._samples(step.targets.device)
         return kind(self.seed, samples, step.targets, step.index, stream, math.prod(shape[2:])).view(*shape)
 
 

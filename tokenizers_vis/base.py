@@ -242,7 +242,8 @@ def check_latents(tokens: Tensor, channels: int, limit: float = 3.0) -> None:
     if not deviation <= limit:  # also true for NaN
         raise VgenError(
             f"latents must be scaled to a standard deviation of about 1, found {deviation:.3g}; "
-            "multiply raw latents by the tokenizer's scale, or look for the step that produced NaN"
+            "multiply raw latents by the tokenizer's scale; where a model made them, it needs more substeps, a lower temperature "
+            "or more training"
         )
 
 

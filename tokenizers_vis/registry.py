@@ -40,7 +40,7 @@ def shipped_tokenizer(name: str) -> ModelMixin:
     """A tokenizer of SHIPPED; no network needed. Raises VgenError for another name."""
     if name not in SHIPPED:
         raise VgenError(f"no tokenizer {name!r} ships with vgen{nearest(name, SHIPPED)}; shipped: {', '.join(SHIPPED)}")
-    return open_tokenizer(str(resources.files("vgen.assets") / SHIPPED[name]))
+    return open_tokenizer(name)
 
 
 def tokenizer_class(family: str) -> Any:
@@ -54,13 +54,16 @@ def tokenizer_class(family: str) -> Any:
 
 
 def find_tokenizer(folder: str | Path) -> Path:
-    """The folder that holds a saved tokenizer: `folder` itself, or its `tokenizer/` (a pipeline). VgenError if there is none."""
-    folder = Path(folder)
+    """The folder that holds a saved tokenizer: `folder` itself, its `tokenizer/` (a pipeline), or that of a name of SHIPPED."""
+    name, folder = str(folder), Path(folder)
+    if name in SHIPPED and not folder.exists():
+        folder = Path(str(resources.files("vgen.assets") / SHIPPED[name]))
     for candidate in (folder, folder / "tokenizer"):
         if (candidate / SAFETENSORS_WEIGHTS_NAME).is_file() and (candidate / "config.json").is_file():
             return candidate
     raise VgenError(
-        f"{folder} holds no tokenizer (config.json and {SAFETENSORS_WEIGHTS_NAME}); `vgen train` writes one to RUN/model"
+        f"{folder} holds no tokenizer (config.json and {SAFETENSORS_WEIGHTS_NAME}); `vgen train` writes one to RUN/model, "
+        f"`vgen convert` makes one of a published file, and with vgen come {', '.join(SHIPPED)}"
     )
 
 

@@ -254,7 +254,9 @@ def make_order(name: str, grid: int | tuple[int, ...], **options: Any) -> BaseOr
     for key, value in {**options, **written}.items():
         if key not in kind.options:
             known = f"; it has {', '.join(kind.options)}" if kind.options else "; it has none"
-            raise VgenError(f"order {kind_name!r} has no option {key!r}{nearest(key, kind.options)}{known}")
+            raise VgenError(
+                f"order {kind_name!r} has no option {key!r}{nearest(key, kind.options)}{known}; leave {key!r} out"
+            )
         if value is None:
             continue
         try:

@@ -31,6 +31,8 @@ def test_info_of_tokens(tmp_path, capsys):
     assert main(["data", "info", str(path)]) == 0
     assert "grid 1x2x2, vocabulary 9, 1 codes used, tokenizer vq" in capsys.readouterr().out
     assert main(["data", "info", str(path), "--sheet", str(tmp_path / "s.png")]) == 2
+    assert main(["data", "info", str(tmp_path), "--split", "t"]) == 0  # the folder that `vgen tokenize` writes
+    assert "grid 1x2x2" in capsys.readouterr().out
 
 
 def test_errors_are_one_line(tmp_path, capsys):

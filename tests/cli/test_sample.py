@@ -75,6 +75,10 @@ def test_mistakes_are_one_sentence_and_exit_code_2(pipeline_folder, tmp_path, ca
 def test_missing_models(tmp_path, capsys):
     assert main(["sample", "--model", "unheard-of", "--prompt", "cat"]) == 2
     assert main(["sample", "--model", str(tmp_path), "--prompt", "cat"]) == 2
+    (tmp_path / "config.json").write_text("{}")
+    capsys.readouterr()
+    assert main(["sample", "--model", str(tmp_path), "--prompt", "cat"]) == 2
+    assert "holds one model, expected a pipeline" in capsys.readouterr().err
     (tmp_path / "weights.pt").write_bytes(b"x")
     assert main(["sample", "--model", str(tmp_path / "weights.pt"), "--prompt", "cat"]) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -86,6 +86,11 @@ def test_missing_files_and_families_are_said_in_one_sentence(files, tmp_path):
         load_published("later", files)
 
 
+def test_a_tokenizer_is_no_generator():
+    with pytest.raises(VgenError, match="mar-kl16 is a tokenizer, expected a generator"):
+        load_published("mar-kl16")
+
+
 def test_every_listed_family_has_a_model_or_is_known_to_have_none():
     listed = {
         kind: {published(name).family for name in registry.names(kind=kind)} for kind in ("generator", "tokenizer")

@@ -233,6 +233,15 @@ def test_a_checkpoint_that_is_not_on_the_hub_says_where_it_is(monkeypatch):
         locate("chameleon-vqgan")
 
 
+def test_what_is_not_on_the_hub_is_not_promised_as_a_download(tmp_path):
+    with pytest.raises(VgenError, match="is not on the hub; download them elsewhere and pass --checkpoint-dir"):
+        locate("mar-kl16")
+    with pytest.raises(VgenError, match=r"put them there$"):
+        locate("mar-kl16", tmp_path)
+    with pytest.raises(VgenError, match="leave --checkpoint-dir out"):
+        locate("titok-l32", tmp_path)
+
+
 # ---------------------------------------------------------------- broken entries
 
 

@@ -5,6 +5,7 @@ import torch
 
 from vgen.errors import VgenError
 from vgen.models.heads import HEADS, TokenMeanFlow, head_kind
+from vgen.models.himar import HiMARChoice
 from vgen.samplers.choice import DiffusionChoice, FlowChoice, SamplingSettings, TokenChoice
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.noise import PhiloxNoise
@@ -57,6 +58,14 @@ def test_rows_of_weight_zero_do_not_count(name):
     assert torch.allclose(whole, part, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_the_loss_of_a_bfloat16_head_is_finite(name):
+    torch.manual_seed(0)
+    head = head_kind(name)(channels=2, features=4, width=16, layers=1).bfloat16()
+    terms = head.loss(torch.randn(6, 4).bfloat16(), torch.randn(6, 2), torch.ones(6))
+    assert terms["loss"].dtype == torch.float32 and terms["loss"].isfinite()
+
+
 def test_splitting_has_the_true_average_as_its_fixed_point():
     # For one data point the flow is x_t = t·n + (1 - t)·d: its velocity (x - d) / t is constant along a path, so every average
     # equals it and the loss of the exact head is zero at the boundary and inside.
@@ -96,10 +105,17 @@ def test_a_flow_guides_every_velocity_and_scales_the_initial_noise():
         (lambda: head_kind("flo"), "did you mean 'flow'"),
         (lambda: FlowChoice(substeps=0), "at least 1 substep"),
         (lambda: FlowChoice(shift=0.0), "time shift must be above 0"),
-        (lambda: FlowChoice.of(SamplingSettings(substeps="ddim50")), "a number such as 50"),
+        (lambda: FlowChoice.of(SamplingSettings(substeps="ddim50")), "a whole number such as 50"),
         (lambda: FlowChoice.of(SamplingSettings(top_k=5)), "no top-k or top-p"),
         (lambda: DiffusionChoice.of(SamplingSettings(shift=2.0)), "time shift is for flows"),
         (lambda: TokenChoice.of(SamplingSettings(substeps=5)), "leave out substeps"),
+        (lambda: DiffusionChoice.of(SamplingSettings(substeps=0)), "1 to 1000 substeps, got 0"),
+        (lambda: DiffusionChoice.of(SamplingSettings(substeps="")), "are a count such as '100'"),
+        (lambda: DiffusionChoice.of(SamplingSettings(substeps="abc")), "are a count such as '100'"),
+        (lambda: HiMARChoice.of(SamplingSettings(substeps=0)), "1 to 1000 substeps, got 0"),
+        (lambda: HiMARChoice.of(SamplingSettings(low_substeps="0")), "1 to 1000 substeps, got 0"),
+        (lambda: FlowChoice.of(SamplingSettings(substeps=0)), "at least 1 substep, got 0"),
+        (lambda: FlowChoice.of(SamplingSettings(substeps="")), "a whole number such as 50, got ''"),
     ],
 )
 def test_bad_settings_are_one_sentence(make, message):

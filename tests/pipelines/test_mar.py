@@ -65,5 +65,5 @@ def test_settings_of_other_kinds_are_refused():
         pipeline()(class_labels=1, guidance_scale=0.5)
     with pytest.raises(VgenError, match="no top-k"):
         pipeline()(class_labels=1, top_k=3)
-    with pytest.raises(VgenError, match="spacing"):
+    with pytest.raises(VgenError, match="substeps of a diffusion"):
         pipeline(substeps="many")(class_labels=1)

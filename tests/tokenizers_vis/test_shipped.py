@@ -7,7 +7,7 @@ from vgen.errors import VgenError
 from vgen.eval.reconstruction import reconstruct_batches
 from vgen.layers.pixels import to_pixels
 from vgen.pipelines.visual import VisualPipeline
-from vgen.tokenizers_vis.registry import SHIPPED, shipped_tokenizer
+from vgen.tokenizers_vis.registry import SHIPPED, find_tokenizer, shipped_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,12 @@ def test_there_and_back(name, pixels):
     (result,) = reconstruct_batches(shipped_tokenizer(name), pixels)
     # Far above what a grey picture or another emoji gets (about 10 dB).
     assert result.means()["psnr"] > 18
+
+
+def test_a_name_is_as_good_as_a_folder():
+    assert (find_tokenizer("emoji-kl") / "config.json").is_file()
+    with pytest.raises(VgenError, match="with vgen come emoji-vq"):
+        find_tokenizer("emoji-titik")
 
 
 def test_an_unknown_name_says_which_there_are():

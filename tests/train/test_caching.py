@@ -143,6 +143,12 @@ def test_smaller_pictures_are_for_continuous_tokenizers(tmp_path, pictures, toke
         cache_tokens(tmp_path / "tokenizer", pictures, tmp_path / "out", size=32, low_res=16)
 
 
+@pytest.mark.parametrize("low_res", [-8, 32, 40])
+def test_smaller_pictures_are_smaller(tmp_path, pictures, vae, low_res):
+    with pytest.raises(VgenError, match=f"1 to 31 pixels a side, got --low-res {low_res}"):
+        cache_tokens(tmp_path / "vae", pictures, tmp_path / "out", size=32, low_res=low_res)
+
+
 def test_a_decoder_that_reads_captions_is_not_asked(tmp_path, pictures):
     """TA-TiTok codes pictures without a caption, and decodes none without."""
     shapes = {

@@ -89,6 +89,21 @@ def test_impossible_settings_are_refused(config_of, overrides, message):
         config_of(*overrides)
 
 
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["sampling.substeps=abc"], "config: sampling: the substeps of a diffusion"),
+        (["sampling.substeps=ddim20", "model.head=flow"], "config: sampling: the substeps of a flow"),
+        (["sampling.top_k=5"], "no top-k or top-p"),
+        (["sampling.guidance_scale=0.5"], "at least 1"),
+        (["sampling.order=random:steps=17"], "1 to 16 steps, got 17"),
+    ],
+)
+def test_sampling_that_cannot_work_is_refused_before_training(config_of, overrides, message):
+    with pytest.raises(VgenError, match=message):
+        build_system(config_of(*overrides), torch.device("cpu"))
+
+
 def test_codes_are_no_latents(config_of, token_sets):
     with pytest.raises(VgenError, match="holds codes, this system trains on latents"):
         config_of(f"data.tokens={token_sets}")

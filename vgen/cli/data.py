@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     emoji.add_argument("--archives", metavar="FOLDER", help="folder with both npm archives (default: fetch with npm)")
     emoji.set_defaults(act=_emoji)
     info = actions.add_parser("info", help="say what a dataset holds")
-    info.add_argument("path", help="an image folder, a shard or a folder of shards, or a token file")
-    info.add_argument("--split", default="train", help="which shards to read (default: %(default)s)")
+    info.add_argument("path", help="an image folder, a shard or a folder of shards, or a token set")
+    info.add_argument("--split", default="train", help="which split to read (default: %(default)s)")
     info.add_argument("--sheet", metavar="PNG", help="also draw a contact sheet with captions")
     info.set_defaults(act=_info)
 
@@ -44,14 +44,14 @@ def _emoji(args: argparse.Namespace) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     from vgen.data.dataset import open_images
-    from vgen.data.info import contact_sheet, describe
+    from vgen.data.info import contact_sheet, describe, token_file
     from vgen.errors import VgenError
 
     print(describe(args.path, args.split))
     if args.sheet:
         if not args.sheet.lower().endswith((".png", ".webp", ".jpg")):
             raise VgenError(f"--sheet must name a .png, .webp or .jpg file, found {args.sheet}")
-        if args.path.endswith(".safetensors"):
+        if token_file(args.path, args.split):
             raise VgenError("a token set has no pictures: --sheet needs an image folder or shards")
         dataset = open_images(args.path, args.split)
         shown = contact_sheet(dataset, args.sheet)

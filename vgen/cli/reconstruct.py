@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 EPILOG = """examples:
   vgen reconstruct --model emoji-vq --input data/emoji --out outputs/vq.png
-  vgen reconstruct --model emoji-flextok --input data/emoji --num-tokens 1 4 16 64 --out outputs/strip.png
+  vgen reconstruct --model runs/emoji/flextok/model --input data/emoji --num-tokens 1 4 16 64 --out outputs/strip.png
   vgen reconstruct --model llamagen-vq16 --checkpoint-dir ~/files --input photo.jpg --size 512 --out outputs/photo.png
   vgen reconstruct --model runs/emoji/kl/model --input my/pictures --json
 

@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
-        "substeps": int(args.substeps) if args.substeps and args.substeps.isdigit() else args.substeps,
+        "substeps": int(args.substeps) if args.substeps and args.substeps.isdecimal() else args.substeps,
         "low_guidance_scale": args.low_guidance_scale,
         "low_substeps": args.low_substeps,
         "seed": args.seed,
@@ -235,8 +235,12 @@ def load_pipeline(
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
+            alone = (folder / "config.json").is_file()
             raise VgenError(
-                f"{model} has no model_index.json, so it is not a vgen pipeline; give the folder that `vgen train` exported"
+                f"{model} holds one model, expected a pipeline (model_index.json) of tokenizer and generator; name the tokenizer "
+                "(data.tokenizer) when training a generator: `vgen train CONFIG data.tokenizer=FOLDER --export PIPELINE` adds it"
+                if alone
+                else f"{model} has no model_index.json, so it is not a vgen pipeline; give the folder that `vgen train` exported"
             )
         pipe = VisualPipeline.from_pretrained(str(folder))
     elif folder.is_file():

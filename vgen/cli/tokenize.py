@@ -10,7 +10,7 @@ EPILOG = """examples:
   vgen tokenize --model … --data … --out … --flips               add mirror images of the training pictures
   vgen tokenize --model … --data … --out … --variants 8          add eight random crops of every training picture
   vgen tokenize --model … --data … --out … --ten-crop            add the ten crops that ImageNet recipes train on
-  vgen tokenize --model KL --data … --out … --low-res 32         continuous latents, also of the pictures at 32 px (Hi-MAR)
+  vgen tokenize --model emoji-kl --data … --out … --low-res 32   continuous latents, also of the pictures at 32 px (Hi-MAR)
 
 Writes OUT/SPLIT.safetensors and OUT/SPLIT.json for every split. Interrupted, the same command continues."""
 
@@ -18,7 +18,11 @@ Writes OUT/SPLIT.safetensors and OUT/SPLIT.json for every split. Interrupted, th
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vgen tokenize`."""
     parser.add_argument(
-        "--model", required=True, metavar="FOLDER", type=Path, help="tokenizer folder, as `vgen train` writes it"
+        "--model",
+        required=True,
+        metavar="NAME|FOLDER",
+        type=Path,
+        help="a shipped tokenizer (such as emoji-kl), or a folder that `vgen train` or `vgen convert` wrote",
     )
     parser.add_argument("--data", required=True, metavar="PATH", type=Path, help="image folder or shards")
     parser.add_argument("--out", required=True, metavar="FOLDER", type=Path, help="where the token sets go")

@@ -43,6 +43,11 @@ def load_published(name: str, checkpoint_dir: str | Path | None = None) -> Visua
     model yet, and missing or wrong files (saying which are wanted and from where).
     """
     entry = published(name)
+    if entry.kind != "generator":
+        raise VgenError(
+            f"{name} is a {entry.kind.replace('_', ' ')}, expected a generator; `vgen convert --list` says what is what, and "
+            "`vgen reconstruct` takes tokenizers"
+        )
     if entry.family not in GENERATORS:
         raise VgenError(
             f"{name} is listed, but vgen has no {entry.family} model yet; families: {', '.join(GENERATORS)}"

@@ -181,11 +181,12 @@ def locate(name: str, checkpoint_dir: str | Path | None = None) -> dict[str, Pat
     if failures:
         wanted = "; ".join(parts[role].source for role in failures)
         reason = next(iter(failures.values()))
-        advice = (
-            "connect to the network, or download them elsewhere and pass --checkpoint-dir"
-            if checkpoint_dir is None
-            else "put them there, or leave --checkpoint-dir out to download them"
-        )
+        by_hand = any(parts[role].repo is None for role in failures)  # not on the hub: no network helps
+        if checkpoint_dir is None:
+            advice = "download them elsewhere and pass --checkpoint-dir"
+            advice = advice if by_hand else f"connect to the network, or {advice}"
+        else:
+            advice = "put them there" if by_hand else "put them there, or leave --checkpoint-dir out to download them"
         raise VgenError(f"{name} needs {wanted}, but {reason}; {advice}")
     return paths
 
@@ -218,7 +219,7 @@ def _places(entry: Published, root: Path) -> list[Path]:
 def _download(entry: Published) -> Path:
     """FileNotFoundError when the hub cannot be reached or has no such file."""
     if entry.repo is None:
-        raise FileNotFoundError(f"{entry.name} is not on the hub ({entry.where})")
+        raise FileNotFoundError(f"{entry.name} is not on the hub")
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not ours to show: one sentence follows
     try:
         if entry.nesting != "folder" and "*" not in entry.files[0]:

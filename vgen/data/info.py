@@ -20,6 +20,7 @@ from vgen.files import atomic_path
 
 def describe(path: str | Path, split: str = "train", examples: int = 8) -> str:
     """Lines of text: kind, counts, classes, some captions; raises VgenError when `path` is no dataset."""
+    path = token_file(path, split) or path
     if Path(path).suffix == ".safetensors":
         dataset = TokenDataset(path)
         count, variants = len(dataset), dataset.variants
@@ -37,6 +38,13 @@ def describe(path: str | Path, split: str = "train", examples: int = 8) -> str:
         ]
     lines.insert(0, f"{path}: {dataset.kind}")
     return "\n".join([*lines, *_class_lines(dataset), *_caption_lines(dataset.captions, examples)])
+
+
+def token_file(path: str | Path, split: str) -> Path | None:
+    """The token set of a split, where `path` is one or a folder that `vgen tokenize` wrote; None for other data."""
+    path = Path(path)
+    file = path / f"{split}.safetensors" if path.is_dir() else path
+    return file if file.suffix == ".safetensors" and (file.is_file() or file == path) else None
 
 
 def contact_sheet(dataset: ImageDataset, out: str | Path, limit: int = 196, columns: int = 14) -> int:

@@ -100,8 +100,8 @@ class DiffusionHead(nn.Module):
         return self.run(x, self.time_embed(t) + self.cond_embed(features))
 
     def run(self, x: Tensor, condition: Tensor) -> Tensor:
-        """The blocks alone: x [n, C], condition [n, W]."""
-        x = self.input_proj(x)
+        """The blocks alone: x [n, C] in any float dtype, condition [n, W]."""
+        x = self.input_proj(x.to(self.input_proj.weight.dtype))
         for block in self.res_blocks:
             x = block(x, condition)
         return self.final_layer(x, condition)

@@ -28,7 +28,7 @@ class PointConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, L, channels] -> [n, L, width]."""
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(x.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class GridHead(nn.Module):

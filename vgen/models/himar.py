@@ -129,8 +129,8 @@ class HiMARChoice(PhaseChoice):
     @classmethod
     def of(cls, settings: SamplingSettings) -> HiMARChoice:
         """`substeps` are those of the second phase, `low_substeps` those of the first; the rest is for both."""
-        low = replace(settings, substeps=settings.low_substeps or "100")
-        dense = replace(settings, substeps=settings.substeps or "250")
+        low = replace(settings, substeps="100" if settings.low_substeps is None else settings.low_substeps)
+        dense = replace(settings, substeps="250" if settings.substeps is None else settings.substeps)
         return cls((DiffusionChoice.of(low), DiffusionChoice.of(dense)))
 
 

@@ -239,6 +239,12 @@ class VisualPipeline(DiffusionPipeline):
         stats.seconds = time.perf_counter() - start
         return VisualOutput(images=images, tokens=torch.cat(tokens), stats=stats)
 
+    def check_settings(self) -> None:
+        """Raises VgenError for default settings that no call can use: substeps, orders, guidance of another kind of model."""
+        self._choice(None, None, None, None, None)
+        self._guidance(None, None, None)
+        self.model.check_order(self.make_order(None, None, seed=0))
+
     def make_order(
         self,
         order: str | Order | None,

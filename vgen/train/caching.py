@@ -117,10 +117,12 @@ def cache_tokens(
     tokenizer = open_tokenizer(folder)
     tokenizer.spec.grid(size, size)
     if low_res:
-        if tokenizer.spec.vocabulary is not None or not low_res < size:
+        if tokenizer.spec.vocabulary is not None:
             raise VgenError(
-                f"pictures of {low_res} pixels beside those of {size} are for continuous tokenizers, and smaller; leave out low_res"
+                f"smaller pictures are for continuous tokenizers, and {folder} makes codes; leave --low-res out"
             )
+        if not 0 < low_res < size:
+            raise VgenError(f"the smaller pictures have 1 to {size - 1} pixels a side, got --low-res {low_res}")
         tokenizer.spec.grid(low_res, low_res)
     tokenizer.to(device)
     encode = Coder(tokenizer, low_res)

@@ -145,8 +145,18 @@ class GeneratorSystem:
         self.vocabulary = self._vocabulary()
         self.model = self._make_model()
         self.prepare(self.model)
+        if self.tokenizer is not None:
+            self._check_sampling()
         self.networks: dict[str, nn.Module] = {"model": TokenObjective(self.model)}
         self.optimizers = {"model": config.optimizer}
+
+    def _check_sampling(self) -> None:
+        """Raises VgenError for settings that previews and the exported pipeline would stumble over."""
+        pipe = self._pipeline(self.tokenizer, self.model)
+        try:
+            pipe.check_settings()
+        except VgenError as error:
+            raise VgenError(f"config: sampling: {error}") from error
 
     def prepare(self, model: ModelMixin) -> None:
         """Work on a fresh model that needs the tokenizer (DAR's codebook)."""

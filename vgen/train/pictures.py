@@ -67,7 +67,8 @@ def check_data(data: DataConfig) -> None:
     require(bool(data.path), "data.path must name a dataset folder")
     require(
         Path(data.path).exists(),
-        f"data.path {data.path} does not exist; `vgen data emoji --out data/emoji` builds the emoji set",
+        f"data.path: {data.path} does not exist; name a folder of pictures or WebDataset shards (`vgen data emoji --out data/emoji` "
+        "builds a small one)",
     )
     require_positive(data, "size", prefix="data.")
     require_share(data, "flip", prefix="data.")

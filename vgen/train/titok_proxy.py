@@ -54,7 +54,10 @@ def check(config: Config) -> None:
 def open_proxy(config: Config) -> MaskGITVQGAN:
     """The frozen VQGAN. Raises VgenError when it is missing or something else."""
     path = Path(config.proxy)
-    require(path.exists(), f"proxy: {path} does not exist")
+    require(
+        path.exists(),
+        f"proxy: {path} does not exist; name the published file, or a folder of `vgen train configs/maskgit/vqgan.yaml`",
+    )
     proxy = open_tokenizer(find_tokenizer(path)) if path.is_dir() else MaskGITVQGAN.from_single_file(path)
     require(isinstance(proxy, MaskGITVQGAN), f"proxy: {path} holds a {type(proxy).__name__}, expected a MaskGITVQGAN")
     return proxy.requires_grad_(False)

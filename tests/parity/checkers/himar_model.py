@@ -5,7 +5,7 @@ import re
 import torch
 from einops import rearrange
 from parity.checkers.mar_diffusion import both_halves
-from parity.checkers.mar_model import SCHEDULES, RunNoise, autoencoder_options
+from parity.checkers.mar_model import SCHEDULES, RunNoise, autoencoder_options, set_norm_eps
 from parity.checkers.maskgen import RecordedOrder
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
@@ -129,7 +129,7 @@ def _model(fixture: Fixture) -> HiMAR:
     width = options.pop("encoder_width")
     assert options.pop("decoder_width") == width and config["cond_dim"] == options["channels"]
     assert config["seq_len"] == options["grid"][0] * options["grid"][1]
-    return HiMAR.from_original(
+    model = HiMAR.from_original(
         fixture.weights,
         {
             **options,
@@ -148,6 +148,8 @@ def _model(fixture: Fixture) -> HiMAR:
             "pivot_rate": config["step_stage2_rate"],
         },
     )
+    set_norm_eps(model, config)
+    return model
 
 
 @checker("himar.forward_loss")
@@ -232,7 +234,7 @@ class PhasesNoise:
 def check_generate(fixture: Fixture):
     model, config, inputs, out = _model(fixture), fixture.config, fixture.inputs, fixture.outputs
     run, unchecked = config["sampling"], set(out)
-    batch, labels, temperature = run["bsz"], run["labels"], run["temperature"]
+    batch, labels, temperature = run["bsz"], run.get("labels"), run["temperature"]
     length, low_steps = config["cond_scale"] ** 2, LOW_STEPS * config["cond_scale"]
 
     def same(actual, name, tol=1e-4):

@@ -118,9 +118,9 @@ def check_pixel(fixture: Fixture) -> None:
     plain_l2 = "L2-normalised" if fixture.config["pixel_decoder"]["norm_pix_loss"] else "L2"
     for name, recorded in out.items():
         if name.startswith("loss_"):
-            kind, _, option = name.removeprefix("loss_").partition("_")
-            kind = {"L2": "L2" if option == "nonorm" else plain_l2}.get(kind, kind)
-            found = patch_loss(out["pred"], target, kind, visible if option == "masked" else None)
+            kind, *options = name.removeprefix("loss_").split("_")
+            kind = {"L2": "L2" if "nonorm" in options else plain_l2}.get(kind, kind)
+            found = patch_loss(out["pred"], target, kind, visible if "masked" in options else None)
             assert_close(found, recorded, what=name)
 
 

@@ -61,10 +61,9 @@ def check_flow_head(fixture: Fixture) -> None:
 def _check_run(head: MingFlowHead, fixture: Fixture, name: str, run: dict[str, Any]) -> None:
     """One sampling trace. Rows are guidance rows of one sample, or samples of their own where there is no guidance."""
     rows, out = run["rows"], fixture.outputs
-    guidance = TextImageGuidance(
-        run["text_cfg"], run.get("image_cfg", 1.0), rows == 3, run.get("cfg_renorm_type") == "channel"
-    )
-    guided = rows > 1 and run["text_cfg"] != 1
+    scales = {ours: run[theirs] for theirs, ours in (("text_cfg", "text"), ("image_cfg", "image")) if theirs in run}
+    guidance = TextImageGuidance(**scales, image_row=rows == 3, renorm=run.get("cfg_renorm_type") == "channel")
+    guided = rows > 1 and guidance.text != 1
     if not guided:
         guidance = TextImageGuidance(1.0, 1.0)
     assert len(guidance.rows) == (rows if guided else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -51,9 +52,8 @@ def check_codes(fixture: Fixture, model: TiTokVQ | TiTokLegacy) -> Any:
     pixels = image * 2 - 1
     assert_close(model.features(pixels), out["z"], what="z")
     assert_equal(model.encode(pixels), rearrange(out["indices"], "b 1 n -> b n"), "encode")
-    model.quantize.train()
-    found = model.quantize(out["z"])
-    model.quantize.eval()
+    quantize = deepcopy(model.quantize).train()  # a copy: online clustering moves its codes in train mode
+    found = quantize(out["z"])
     assert_equal(found.indices, rearrange(out["indices"], "b 1 n -> b n"), "indices")
     assert_close(found.quantized, out["z_q"], what="z_q")
     assert_close(found.commit, out["commitment_loss"], what="commitment loss")

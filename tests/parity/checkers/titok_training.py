@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def check_average(fixture: Fixture) -> None:
     trace = fixture.outputs["ema_trace"]
     network = nn.Module()
     network.weight = nn.Parameter(trace[0].clone())
-    average = Average(network, 0.999)
+    average = Average(network, float(re.search(r"decay=(0\.\d+)", fixture.notes).group(1)))
     increment = trace[0].clone()  # the parameter starts at zero, and its first increment is (1) * increment
     with torch.no_grad():
         for step, expected in enumerate(trace[1:], start=1):

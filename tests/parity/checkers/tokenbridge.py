@@ -27,6 +27,15 @@ def check_vae(fixture: Fixture) -> None:
     assert_close(model.decode(tokens, model.spec.grid(*images.shape[-2:])), out["images"], what="images")
 
 
+def _check_values(quantizer: DimensionwiseQuantizer, recorded: torch.Tensor, tag: str) -> None:
+    """A value is a quotient by the mass of its bin, a difference of fp32 numbers: the less mass, the less precise on any machine."""
+    mass = torch.special.ndtr(quantizer.boundaries.double()).diff()
+    rounding = torch.where(mass > 0, 2**-23 * (1 + quantizer.std_range) / mass, 0)
+    allowed = 1e-4 * recorded.abs().max().clamp_min(1) + rounding
+    error = (quantizer.reconstruction_values - recorded).abs()
+    assert (error <= allowed).all(), f"{tag} values: off by {error.max():.3g}"
+
+
 @checker("tokenbridge.quant")
 def check_quantizer(fixture: Fixture) -> None:
     x, out = fixture.inputs["x"], fixture.outputs
@@ -35,7 +44,7 @@ def check_quantizer(fixture: Fixture) -> None:
         quantizer = DimensionwiseQuantizer(case["bits"], case["quant_min"], case["quant_max"], case["std_range"])
         tables = {"boundaries": out[f"boundaries_{tag}"], "reconstruction_values": out[f"values_{tag}"]}
         assert_close(quantizer.boundaries, tables["boundaries"], what=f"{tag} boundaries")
-        assert_close(quantizer.reconstruction_values, tables["reconstruction_values"], what=f"{tag} values")
+        _check_values(quantizer, tables["reconstruction_values"], tag)
         load_exactly(quantizer, tables)  # the last bits of the tables depend on the machine, and with them near ties
         indices, recorded = quantizer.encode(x), out[f"indices_{tag}"]
         sure = recorded >= 0
