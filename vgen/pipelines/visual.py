@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from vgen.errors import VgenError
-from vgen.layers.pixels import to_images, to_pixels
+from vgen.layers.pixels import to_images
+from vgen.pipelines.inpainting import known_tokens
 from vgen.samplers.choice import SamplingSettings, TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
@@ -221,7 +222,7 @@ class VisualPipeline(DiffusionPipeline):
         choice = self._choice(temperature, top_k, top_p, substeps, low_substeps)
         order = self.make_order(order, steps, seed, order_options, low_steps)
         self.model.check_order(order)
-        known = self._known_tokens(init_image, mask)
+        known = known_tokens(self.tokenizer, self.grids, init_image, mask)
         stats, tokens, images = Stats(), [], []
         start = time.perf_counter()
         for begin in range(0, len(condition.mask), batch_size):
@@ -350,42 +351,6 @@ class VisualPipeline(DiffusionPipeline):
             raise VgenError("this model takes prompts and knows no classes; give a prompt")
         return condition.take(torch.arange(len(condition.mask)).repeat_interleave(repeat))
 
-    @torch.no_grad()
-    def _known_tokens(self, init_image: Any, mask: Any) -> tuple[Tensor, Tensor] | None:
-        """Codes [N] of the init image and which of them stay [N]: cells that the mask's white area does not touch. All levels."""
-        if init_image is None and mask is None:
-            return None
-        if init_image is None or mask is None:
-            raise VgenError("inpainting needs both an init image and a mask (white: make anew, black: keep)")
-        image, area = (_open(file) for file in (init_image, mask))
-        if image.size != area.size:
-            raise VgenError(
-                f"the init image is {image.size[0]}x{image.size[1]}, its mask {area.size[0]}x{area.size[1]}; make them the same size"
-            )
-        if self.tokenizer.spec.sequence is not None:
-            raise VgenError(
-                "the tokens of a 1-D tokenizer are no places in the picture, so a mask says nothing about them; use a 2-D tokenizer"
-            )
-        codes, stays = (torch.cat(parts) for parts in zip(*(self._known_of(grid, image, area) for grid in self.grids)))
-        if stays.all():
-            raise VgenError(
-                "the mask has no white area, so there is nothing to make; paint what should be made anew white"
-            )
-        return codes, stays.to(codes.device)
-
-    def _known_of(self, grid: Grid, image: Image.Image, area: Image.Image) -> tuple[Tensor, Tensor]:
-        """Codes [N] and what stays [N] of one level: the image and its mask at that level's size."""
-        _, rows, columns = grid
-        down = self.tokenizer.spec.downsample
-        size = (columns * down[2], rows * down[1])
-        pixels = to_pixels(image.convert("RGB") if image.mode == "P" else image)
-        if image.size != size:
-            pixels = to_pixels(to_images(pixels[None])[0].resize(size, Image.Resampling.BICUBIC))
-        codes = self.tokenizer.encode(pixels[None].to(self.device))[0]
-        white = to_pixels(area.convert("RGB").resize(size, Image.Resampling.BOX)).mean(dim=0) > -1 + 1e-3
-        stays = ~white.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).any(dim=3).any(dim=1).flatten()
-        return codes, stays
-
     def _canvas(self, samples: Tensor, known: tuple[Tensor, Tensor] | None) -> Canvas:
         config = self.model.config
         codes = config.get("channels") is None or config.get("levels") is not None
@@ -411,14 +376,3 @@ def _check_low(model: ModelMixin, *settings: Any) -> None:
             "low_steps, low_guidance_scale and low_substeps are for models that make a small picture first (Hi-MAR), and "
             "this one does not; leave them out"
         )
-
-
-def _open(image: Image.Image | Path | str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    try:
-        return Image.open(image)
-    except FileNotFoundError:
-        raise VgenError(f"there is no image file {image}") from None
-    except OSError as error:
-        raise VgenError(f"{image} is not an image that can be read ({error})") from None
