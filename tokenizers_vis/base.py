@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -239,7 +240,9 @@ def check_latents(tokens: Tensor, channels: int, limit: float = 3.0) -> None:
             "the generator and the tokenizer do not belong together"
         )
     deviation = tokens.float().std(correction=0).item()
-    if not deviation <= limit:  # also true for NaN
+    if not math.isfinite(deviation):
+        raise VgenError("latents must be finite, found NaN or infinity; look for the step that produced it")
+    if deviation > limit:
         raise VgenError(
             f"latents must be scaled to a standard deviation of about 1, found {deviation:.3g}; "
             "multiply raw latents by the tokenizer's scale; where a model made them, it needs more substeps, a lower temperature "
