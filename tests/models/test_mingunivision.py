@@ -255,7 +255,7 @@ def test_head_trains():
     optimizer = torch.optim.AdamW(head.parameters(), 3e-3)
     losses = []
     for _ in range(60):
-        losses.append(head.loss(z, target))
+        losses.append(head.loss(z, target)["loss"])
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()

@@ -181,7 +181,9 @@ def test_a_costly_decoder_is_asked_for_some_pictures(tmp_path, pictures, monkeyp
     asked = []
     round_trip = caching.Coder.round_trip
     monkeypatch.setattr(
-        caching.Coder, "round_trip", lambda self, pixels: asked.append(len(pixels)) or round_trip(self, pixels)
+        caching.Coder,
+        "round_trip",
+        lambda self, pixels, tokens: asked.append(len(pixels)) or round_trip(self, pixels, tokens),
     )
     reports = cache_tokens(tmp_path / "flextok", pictures, tmp_path / "out", size=32, batch_size=4, say=str)
     assert asked == [4, 4] and [report.images for report in reports] == [12, 6]

@@ -11,6 +11,7 @@ Shapes: n rows (tokens), C channels, D width of the backbone's features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from vgen.layers.diffusion_head import DiffusionHead, TimeEmbedding
 from vgen.samplers.choice import DiffusionChoice, FlowChoice
 from vgen.samplers.diffusion import GaussianDiffusion
 from vgen.samplers.diffusion_loss import diffusion_terms
-from vgen.samplers.flow import noisy
+from vgen.samplers.flow import logit_normal_times, noisy
 from vgen.samplers.predictions import Diffusion, Flow, MeanFlow, per_token
 
 TIME_SCALE = 1000.0  # flow times are in [0, 1], the sinusoids of the time embedding are made for [0, 1000]
@@ -88,14 +89,24 @@ class TokenDiffusion(nn.Module):
 
 
 class TokenFlow(nn.Module):
-    """A rectified flow: predicts noise - data. times: [n] in [0, 1], drawn logit-normal (SD3, arXiv 2403.03206, section 3.1)."""
+    """A rectified flow: predicts noise - data. times: [n] in [0, 1], drawn logit-normal (SD3, arXiv 2403.03206, section 3.1).
+
+    mlp: as in `DiffusionHead`.
+    """
 
     choice_kind: ClassVar[type] = FlowChoice
 
-    def __init__(self, channels: int, features: int, width: int, layers: int):
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        width: int,
+        layers: int,
+        mlp: Callable[[], nn.Module | None] = lambda: None,
+    ):
         super().__init__()
         self.channels = channels
-        self.net = DiffusionHead(channels, features, width, layers, outputs=channels)
+        self.net = DiffusionHead(channels, features, width, layers, outputs=channels, mlp=mlp)
 
     def reset_parameters(self) -> None:
         """As MAR's head."""
@@ -114,7 +125,7 @@ class TokenFlow(nn.Module):
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Squared error of the velocity. See `TokenHead.loss`."""
-        times = torch.randn(len(targets), device=targets.device).sigmoid() if times is None else times
+        times = logit_normal_times(torch.randn(len(targets), device=targets.device)) if times is None else times
         noise = torch.randn_like(targets) if noise is None else noise
         velocity = self.velocity(noisy(targets, noise, times), times, features)
         loss = weighted_mean(squared_error(velocity, noise - targets), weight)
@@ -166,7 +177,7 @@ class TokenMeanFlow(nn.Module):
 
     def draw_times(self, rows: int, device: torch.device) -> Tensor:
         """[rows, 3]: r, s, t. Two logit-normal times in order, s uniform between them, or r = s = t on the boundary."""
-        pair = torch.randn(rows, 2, device=device).sigmoid().sort(dim=1).values
+        pair = logit_normal_times(torch.randn(rows, 2, device=device)).sort(dim=1).values
         share, boundary = torch.rand(2, rows, device=device)
         t = pair[:, 1]
         r = torch.where(boundary < self.BOUNDARY, t, pair[:, 0])

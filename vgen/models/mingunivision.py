@@ -378,7 +378,7 @@ class MingUniVision(ModelMixin, ConfigMixin):
     ) -> dict[str, Tensor]:
         """Flow loss of the tokens [B, N, C] (MingTok's normalised latents) of a captioned picture. times [B N], noise [B N, C]: see `MingFlowHead.loss`."""
         features = self.vis_head(self.hidden_states(condition, tokens))
-        return {"loss": self.diffloss.loss(features.flatten(0, 1), tokens.flatten(0, 1), None, times, noise)}
+        return self.diffloss.loss(features.flatten(0, 1), tokens.flatten(0, 1), None, times, noise)
 
 
 def _language_model() -> type[MingLLM]:

@@ -99,7 +99,8 @@ def cache_tokens(
     size: side in pixels (None: what the dataset's manifest says); flips: add the mirror image of every training picture; variants:
     add so many random crops of at least `min_scale` of a side (mirrored at random with `flips`); ten_crop: add the ten crops of
     the pictures at so many times `size` (0: none; the released LlamaGen, PAR, NAR and RAR: 1.1). Other splits stay plain.
-    low_res: of continuous tokenizers, add the latents of every view at this size (0: none; Hi-MAR: half). Finished splits of the same tokenizer, data and settings are kept; an interrupted split continues after its last part.
+    low_res: of continuous tokenizers, add the latents of every view at this size (0: none; Hi-MAR: half). Finished splits of the
+    same tokenizer, data and settings are kept; an interrupted split continues after its last part.
     """
     if batch_size < 1 or variants < 0 or not 0 < min_scale <= 1:
         raise VgenError(
@@ -159,7 +160,7 @@ class Coder:
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] -> the tensors of a token set (vgen/data/tokens.py), a row a picture."""
         if self.tokenizer.spec.vocabulary is not None:
-            return {"tokens": self.tokenizer.encode(pixels).to(torch.int32)}
+            return {"tokens": self.tokenizer.encode(pixels)}
         found = self._latents(pixels, "tokens", "deviations")
         if self.low_res:
             small = F.interpolate(pixels, (self.low_res, self.low_res), mode="bicubic")  # no antialias, as Hi-MAR
@@ -179,10 +180,11 @@ class Coder:
         config = self.tokenizer.config
         return not config.get("text_tokens") and (before < CHECKED or "steps" not in config)
 
-    def round_trip(self, pixels: Tensor) -> Tensor:
-        """psnr [B] of the pictures decoded again, in dB."""
-        grid = self.tokenizer.spec.grid(*pixels.shape[-2:])
-        decoded = self.tokenizer.decode(self.tokenizer.encode(pixels), grid=grid)
+    def round_trip(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        """psnr [B] of the pictures decoded again, in dB. tokens: what is cached of them; levels of channels are not, but their latents."""
+        spec = self.tokenizer.spec
+        tokens = tokens if spec.levels is None else self.tokenizer.encode(pixels)
+        decoded = self.tokenizer.decode(tokens, grid=spec.grid(*pixels.shape[-2:]))
         return psnr(to_uint8(pixels), to_uint8(decoded)).float().cpu()
 
     def describe(self, tensors: Mapping[str, Tensor]) -> str:
@@ -293,9 +295,10 @@ def _encode(
             pixels = torch.stack([view.pixels(i) for i in readable]).to(encode.tokenizer.device)
             found.append(encode(pixels))
             if number == 0 and encode.checked(start):
-                quality.append(encode.round_trip(pixels))
+                quality.append(encode.round_trip(pixels, found[0]["tokens"]))
         for key in found[0]:
-            rows.setdefault(key, []).append(torch.stack([part[key] for part in found], dim=1).cpu())
+            stacked = torch.stack([part[key] for part in found], dim=1).cpu()
+            rows.setdefault(key, []).append(stacked if stacked.is_floating_point() else stacked.to(torch.int32))
         kept += readable
     index = torch.tensor(kept, dtype=torch.int64)
     return {
