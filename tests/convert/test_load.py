@@ -64,6 +64,24 @@ def test_a_published_model_samples_with_its_papers_settings(files):
     assert zipped.stats.calls < 16
 
 
+def test_a_flat_file_under_another_of_its_names_loads(files):
+    """FSDP training writes a flat consolidated.pth where the other sizes are a .pt with their tensors under `model`."""
+    entry = registry.folder() / "tiny.yaml"
+    entry.write_text(entry.read_text().replace("files: [tiny.pt]", "files: [consolidated.pth, '*.pt']"))
+    state = torch.load(files / "tiny.pt", weights_only=True)["model"]
+    (files / "tiny.pt").unlink()
+    (files / "b").mkdir()
+    torch.save(state, files / "b" / "consolidated.pth")
+    model = load_published("tiny", files).model
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_generator_may_set_options_of_its_tokenizer(files):
+    entry = registry.folder() / "tiny.yaml"
+    entry.write_text(entry.read_text() + "tokenizer_options: {commit_loss_beta: 0.75}\n")
+    assert load_published("tiny", files).tokenizer.config.commit_loss_beta == 0.75
+
+
 def test_the_command_takes_published_names(files, tmp_path, capsys):
     out = tmp_path / "out.png"
     arguments = ["sample", "--model", "tiny", "--checkpoint-dir", str(files), "--device", "cpu", "--out", str(out)]

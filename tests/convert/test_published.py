@@ -1,6 +1,8 @@
 """The registry of published checkpoints: complete, true to the models and orders, and able to say what it wants."""
 
 import math
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,95 @@ def test_sizes_have_the_published_parameter_counts(name):
         assert spec.vocabulary == built.config.get("codes") and spec.channels == built.config.get("channels")
 
 
+# ---------------------------------------------------------------- facts, as checked against their sources on 2026-11-28
+
+
+@pytest.mark.parametrize(
+    "pattern, field, value",
+    [
+        ("xar-*", "repo", "OliverRen/xAR"),
+        ("maskgen-*", "repo", "fun-research/MaskGen"),
+        ("llamagen-*", "weights_licence", "MIT"),
+        ("flexar-*", "weights_licence", "Apache-2.0"),
+        ("gridar-*", "weights_licence", "Apache-2.0"),
+        ("maskgen-*", "weights_licence", "Apache-2.0; the authors add: for research purposes only"),
+        ("maskgit-titok-*", "weights_licence", "Apache-2.0; the authors add: for research purposes only"),
+        ("flan-t5-xl", "weights_licence", "Apache-2.0"),
+        ("lumina-*", "weights_licence", "none stated"),
+        ("mar-kl16", "where", "the Dropbox link in util/download.py of github.com/LTH14/mar"),
+        ("nar-c2i-XXL-*", "nesting", "flat"),
+        ("nar-c2i-XXL-*", "files", ["consolidated.pth", "*.pt"]),
+        ("flextok-d*", "options", {"steps": 20}),
+        ("flexar-*", "tokenizer_options", {"steps": 25}),
+        ("gridar-*", "grid", [16, 16]),
+    ],
+)
+def test_corrected_fields_have_their_values_and_a_source(pattern, field, value):
+    entries = [published(name) for name in names() if fnmatch(name, pattern)]
+    assert entries
+    for entry in entries:
+        assert getattr(entry, field) == value
+        assert field in {**entry.sources, **entry.unverified}
+
+
+@pytest.mark.parametrize(
+    "name, source, values",
+    [
+        ("rar-B-256", "Tables 4-6", {"is": 290.5, "precision": 0.82, "recall": 0.58}),
+        ("rar-L-256", "Tables 4-6", {"is": 299.5, "precision": 0.81, "recall": 0.6}),
+        ("rar-XL-256", "Tables 4-6", {"is": 306.9, "precision": 0.8, "recall": 0.62}),
+        ("rar-XXL-256", "Tables 4-6", {"is": 326.0, "precision": 0.8, "recall": 0.63}),
+        ("mar-b-256", "Hi-MAR", {"fid": 3.48, "is": 192.4, "precision": 0.78, "recall": 0.58}),
+        ("mar-l-256", "Hi-MAR", {"fid": 2.6, "is": 221.4, "precision": 0.79, "recall": 0.6}),
+        ("mar-h-256", "Hi-MAR", {"fid": 2.35, "is": 227.8, "precision": 0.79, "recall": 0.62}),
+        ("mar-kl16", "issue 3 of LTH14/mar", {"rfid": 0.53, "is": 210.12}),
+        ("maskgen-vq-L", "paper", {"images_per_second": 30.3}),
+        ("maskgen-vq-XL", "paper", {"images_per_second": 18.5}),
+        ("maskgen-kl-L", "paper", {"images_per_second": 11.1}),
+        ("maskgen-kl-XL", "paper", {"images_per_second": 9.1}),
+        ("maskgit-titok-s128", "RAR", {"images_per_second": 7.8}),
+        ("maskgit-vqgan-f16-1024", "google-research/maskgit", {"rfid": 2.28}),
+        ("xar-b-256", "issue 15", {"fid": 3.11}),
+        ("tokenbridge-l-256", "third party", {"precision": 0.8, "recall": 0.63}),
+        ("flextok-d12-d12-in1k", "independent", {"rfid": 3.18}),
+        ("flextok-d18-d18-in1k", "independent", {"rfid": 1.18}),
+        ("flextok-d18-d28-in1k", "independent", {"rfid": 1.05}),
+    ],
+)
+def test_settled_figures_are_stated_with_their_source(name, source, values):
+    assert any(source in found.source and found.values == values for found in published(name).measurements)
+
+
+# What people write when they did not look.
+DOUBT = re.compile(r"recall|likely|assum|not (re-)?(verified|checked|established|seen|read|noted)|presum", re.IGNORECASE)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_figure_has_a_source_and_every_doubt_is_marked(name):
+    entry = published(name)
+    for measurement in entry.measurements:
+        assert measurement.source.strip() and measurement.values
+        assert not DOUBT.search(measurement.source)
+        assert not DOUBT.search(measurement.settings) or measurement.unverified
+    for field in ("repo", "where", "paper", "code_licence", "weights_licence"):
+        assert not DOUBT.search(getattr(entry, field) or ""), f"{field}: say so under unverified"
+    assert ("not known" in entry.weights_licence) <= ("weights_licence" in entry.unverified)
+    assert all(text.strip() for text in (*entry.sources.values(), *entry.unverified.values()))
+
+
+def test_figures_that_may_be_wrong_say_why():
+    assert "1-256" in published("flextok-d18-d28-in1k").measurements[0].unverified
+    assert "not stated" in published("nar-t2i-XL-512").measurements[0].unverified
+    for name in ("nar-t2i-XL-256", "nar-t2i-XL-512"):
+        assert "sample_t2i_ddp.py" in published(name).unverified["sampling.top_k"]
+    guided = {name: published(name).sampling.guidance_scale for name in names("lumina")}
+    assert {name for name, scale in guided.items() if scale == 4} == {
+        "lumina-mgpt-34B-512",
+        "lumina-mgpt-7B-512",
+        "lumina-mgpt-7B-1024",
+    }
+
+
 def test_an_unknown_name_names_the_nearest():
     with pytest.raises(VgenError, match="did you mean 'llamagen-c2i-B-256'"):
         find("llamagen-c2i-B-265")
@@ -165,6 +256,26 @@ def test_a_file_of_unknown_name_is_found_in_the_folder_of_its_repository(tmp_pat
     touch(tmp_path / "NAR-imagenet-256-L" / "another.pt")
     with pytest.raises(VgenError, match="2 files that could be nar-c2i-L-256"):
         locate("nar-c2i-L-256", tmp_path)
+
+
+def test_the_first_of_several_names_is_taken(tmp_path, monkeypatch):
+    touch(tmp_path / "vq_ds16_c2i.pt")
+    other = touch(tmp_path / "NAR-imagenet-256-XXL" / "last_version.pt")
+    assert locate("nar-c2i-XXL-256", tmp_path)["model"] == other
+    wanted = touch(tmp_path / "NAR-imagenet-256-XXL" / "consolidated.pth")
+    assert locate("nar-c2i-XXL-256", tmp_path)["model"] == wanted
+    own = touch(tmp_path / "nar-c2i-XXL-256.pt")
+    assert locate("nar-c2i-XXL-256", tmp_path)["model"] == own
+
+    monkeypatch.setattr(registry.huggingface_hub, "hf_hub_download", lambda repo, file: str(tmp_path / file))
+    place = wanted.parent
+    monkeypatch.setattr(registry.huggingface_hub, "snapshot_download", lambda repo, allow_patterns: str(place))
+    assert locate("nar-c2i-XXL-256")["model"] == wanted
+    wanted.unlink()
+    assert locate("nar-c2i-XXL-256")["model"] == other
+    touch(place / "another.pt")
+    with pytest.raises(VgenError, match=r"2 files that fit consolidated\.pth or \*\.pt"):
+        locate("nar-c2i-XXL-256")
 
 
 def test_a_text_encoder_is_a_folder(tmp_path):
@@ -280,6 +391,8 @@ def test_a_good_entry_is_read(entry):
         ("version: 1", "version: 2", "reads version 1"),
         ("repo: someone/something", "repo: null", "repo"),
         ("code_licence: none stated", "", "code_licence must be set"),
+        ("version: 1", "version: 1\nsources: {licence: the card}", "'licence' is none"),
+        ("version: 1", "version: 1\nunverified: {sampling.topk: guessed}", "did you mean 'sampling.top_k'"),
     ],
 )
 def test_a_broken_entry_is_an_error(entry, old, new, message):

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         for name in names():
             entry = published(name)
-            print(f"{name:28} {entry.kind:13} {entry.source}; weights: {entry.weights_licence}")
+            doubts = f"; not verified: {', '.join(entry.unverified)}" if entry.unverified else ""
+            print(f"{name:28} {entry.kind:13} {entry.source}; weights: {entry.weights_licence}{doubts}")
         return
     if args.name is None or args.out is None:
         raise VgenError(

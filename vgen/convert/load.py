@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def load_published(name: str, checkpoint_dir: str | Path | None = None) -> Visua
     if entry.tokenizer is None:
         tokenizer = model.vision  # a unified model's file holds its tokenizer
     else:
-        tokenizer = _tokenizer(published(entry.tokenizer), paths["tokenizer"])
+        tokenizer = _tokenizer(published(entry.tokenizer), paths["tokenizer"], entry.tokenizer_options)
     if hasattr(model, "read_words"):
         model.read_words(paths)
     settings = {key: value for key, value in asdict(entry.sampling).items() if key not in REPORTED}
@@ -73,8 +74,10 @@ def load_published_tokenizer(name: str, checkpoint_dir: str | Path | None = None
     return _tokenizer(entry, locate(name, checkpoint_dir)["model"])
 
 
-def _tokenizer(entry: Published, path: Path) -> ModelMixin:
-    return tokenizer_class(entry.family).from_original(path, entry.options or entry.size)
+def _tokenizer(entry: Published, path: Path, options: Mapping[str, Any] | None = None) -> ModelMixin:
+    kind = tokenizer_class(entry.family)
+    size = {} if entry.size is None else kind.size_config(entry.size)
+    return kind.from_original(path, {**size, **entry.options, **(options or {})})
 
 
 def generator_config(entry: Published) -> dict[str, Any]:

@@ -7,7 +7,7 @@ are facts about other people's releases, with their licences: vgen ships none of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,17 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Published figures of one evaluation. settings: where they differ from `Published.sampling`."""
+    """Published figures of one evaluation: who says so, and what is not certain about them.
+
+    source: paper, README, issue, … that states them. settings: where they differ from `Published.sampling`.
+    unverified: why the values or their settings may be wrong (None: the source was read and says so).
+    """
 
     source: str
     values: dict[str, float]  # fid, is, sfid, precision, recall, rfid, geneval, images_per_second, …
     settings: str = "as sampling"
     protocol: Protocol = field(default_factory=Protocol)
+    unverified: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,13 @@ class Published:
     """One published checkpoint.
 
     family: llamagen, par, nar, rar, lumina, or of a tokenizer or text encoder. repo: on the Hugging Face hub (None:
-    elsewhere, see `where`). files: one file, or those of a folder (nesting 'folder'), as names or patterns. nesting: entry
-    of the file that holds the tensors, or 'flat'. size, options: the family's `size_config(size)` updated by `options`
-    gives the constructor arguments. grid: (H, W) tokens. parameters: without buffers; None where not known. tokenizer,
-    text_encoder: names of other entries. orders: what it decodes without retraining. code_licence, weights_licence:
-    'none stated' where so. notes: what else a user must know, and what was not verified.
+    elsewhere, see `where`). files: names or patterns; with nesting 'folder' all of them are wanted, else one, the first of
+    them that is there. nesting: entry of the file that holds the tensors, or 'flat'. size, options: the family's `size_config(size)`
+    updated by `options` gives the constructor arguments. grid: (H, W) tokens. parameters: without buffers; None where not known.
+    tokenizer, text_encoder: names of other entries; tokenizer_options: constructor arguments of the tokenizer where this
+    release sets other ones. orders: what it decodes without retraining. code_licence, weights_licence: 'none stated' where so.
+    sources, unverified: field -> who states its value, or why it may be wrong ('sampling.top_k': a field of `sampling`); of
+    the other fields the release itself (paper, repository, file) is the source. notes: what else a user must know.
     """
 
     name: str = MISSING
@@ -98,23 +105,30 @@ class Published:
     grid: list[int] = field(default_factory=list)  # empty: any (tokenizers)
     parameters: int | None = None
     tokenizer: str | None = None
+    tokenizer_options: dict[str, Any] = field(default_factory=dict)
     text_encoder: str | None = None
     orders: list[str] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
     measurements: list[Measurement] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    unverified: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def source(self) -> str:
         """Where its files are, in words: 'c2i_B_256.pt from the hub repository FoundationVision/LlamaGen'."""
         origin = f"the hub repository {self.repo}" if self.repo else self.where
-        return f"{', '.join(self.files)} from {origin}"
+        return f"{(', ' if self.nesting == 'folder' else ' or ').join(self.files)} from {origin}"
 
     @property
     def parts(self) -> dict[str, str]:
         """role -> name of everything that a picture needs: 'model' (itself), 'tokenizer', 'text_encoder'."""
         roles = {"model": self.name, "tokenizer": self.tokenizer, "text_encoder": self.text_encoder}
         return {role: name for role, name in roles.items() if name is not None}
+
+
+# What `sources` and `unverified` can be about.
+FIELDS = (*(part.name for part in fields(Published)), *(f"sampling.{part.name}" for part in fields(Sampling)))
 
 
 def folder() -> Path:
@@ -160,6 +174,11 @@ def published(name: str) -> Published:
         raise VgenError(f"{path} has version {found.version}, this vgen reads version {VERSION}")
     if not found.files or (found.repo is None) == (found.where is None):
         raise VgenError(f"{path} must name files, and either a hub repository (repo) or another place (where)")
+    for claim in [*found.sources, *found.unverified]:
+        if claim not in FIELDS:
+            raise VgenError(
+                f"{path}: sources and unverified are about fields of an entry, {claim!r} is none{nearest(claim, FIELDS)}"
+            )
     return found
 
 
@@ -199,8 +218,8 @@ def _in_folder(entry: Published, root: Path) -> Path:
             if place.is_dir() and all(any(place.glob(pattern)) for pattern in entry.files):
                 return place
         raise FileNotFoundError(f"{root} has no folder {places[1].name} with them")
-    pattern = entry.files[0]
-    for place, wanted in [(root, f"{entry.name}{Path(pattern).suffix}"), *((place, pattern) for place in places)]:
+    own_names = [(root, f"{entry.name}{Path(pattern).suffix}") for pattern in entry.files]
+    for place, wanted in [*own_names, *((place, pattern) for place in places for pattern in entry.files)]:
         if place == root and "*" in wanted:
             continue  # a pattern such as *.pt says nothing in a folder that many checkpoints share
         found = sorted(place.glob(wanted)) if place.is_dir() else []
@@ -222,7 +241,7 @@ def _download(entry: Published) -> Path:
         raise FileNotFoundError(f"{entry.name} is not on the hub")
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not ours to show: one sentence follows
     try:
-        if entry.nesting != "folder" and "*" not in entry.files[0]:
+        if entry.nesting != "folder" and len(entry.files) == 1 and "*" not in entry.files[0]:
             return Path(huggingface_hub.hf_hub_download(entry.repo, entry.files[0]))
         copy = Path(huggingface_hub.snapshot_download(entry.repo, allow_patterns=entry.files))
     except Exception as error:  # the hub client's errors (HTTP, offline, cache, name) have no common base
@@ -231,9 +250,10 @@ def _download(entry: Published) -> Path:
 
 
 def _only(place: Path, patterns: Sequence[str]) -> Path:
-    found = [path for pattern in patterns for path in sorted(place.glob(pattern))]
+    """The file that fits the first pattern that any file fits."""
+    found = next((paths for pattern in patterns if (paths := sorted(place.glob(pattern)))), [])
     if len(found) != 1:
-        raise FileNotFoundError(f"{place} has {len(found)} files that fit {', '.join(patterns)}, expected one")
+        raise FileNotFoundError(f"{place} has {len(found)} files that fit {' or '.join(patterns)}, expected one")
     return found[0]
 
 
