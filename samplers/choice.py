@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from vgen.errors import VgenError, nearest
 from vgen.samplers.diffusion import spaced_timesteps
 from vgen.samplers.types import Step
+from vgen.values import real, string, whole
 
 SCORES = ("log_prob", "logit")
 
@@ -75,10 +75,10 @@ class TokenChoice:
     score: str = "log_prob"
 
     def __post_init__(self):
-        _check(self.temperature, lambda t: 0 <= t < math.inf, "temperature must be at least 0 (0: the likeliest token)")
-        _check(self.softmax_temperature, lambda t: 0 < t < math.inf, "softmax temperature must be above 0")
-        if self.top_k < 0:
-            raise VgenError(f"top-k must be a positive count, or 0 for all tokens, got {self.top_k}")
+        _settle(self, "temperature", lambda t: t >= 0, "temperature must be at least 0 (0: the likeliest token)")
+        _settle(self, "softmax_temperature", lambda t: t > 0, "softmax temperature must be above 0")
+        object.__setattr__(self, "top_k", whole(self.top_k, "top-k (0: all tokens)"))
+        object.__setattr__(self, "top_p", real(self.top_p, "top-p"))
         if not 0 < self.top_p <= 1:
             raise VgenError(f"top-p must be in (0, 1], got {self.top_p}")
         if self.score not in SCORES:
@@ -116,7 +116,7 @@ RECIPES: dict[str, Callable[[float], dict[str, Any]]] = {
 
 def token_choice(recipe: str, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> TokenChoice:
     """The settings of a named recipe (`RECIPES`) at a temperature. Raises VgenError for an unknown name."""
-    if recipe not in RECIPES:
+    if string(recipe, "the recipe of choices") not in RECIPES:
         raise VgenError(f"unknown recipe of choices {recipe!r}{nearest(recipe, RECIPES)}; known: {', '.join(RECIPES)}")
     return TokenChoice(top_k=top_k, top_p=top_p, **RECIPES[recipe](temperature))
 
@@ -137,9 +137,9 @@ class DiffusionChoice:
     clip: float | None = None
 
     def __post_init__(self):
-        _check(self.temperature, lambda t: 0 <= t < math.inf, "temperature of the diffusion noise must be at least 0")
-        if self.clip is not None and not self.clip > 0:
-            raise VgenError(f"estimated tokens are clipped at a positive bound such as 5, got {self.clip}")
+        _settle(self, "temperature", lambda t: t >= 0, "temperature of the diffusion noise must be at least 0")
+        if self.clip is not None:
+            _settle(self, "clip", lambda bound: bound > 0, "bound of estimated tokens (clip) must be above 0, such as 5")
 
     @classmethod
     def of(cls, settings: SamplingSettings) -> DiffusionChoice:
@@ -147,7 +147,9 @@ class DiffusionChoice:
         settings.check_continuous()
         if settings.shift != 1.0:
             raise VgenError("this model denoises by diffusion; a time shift is for flows, leave it out")
-        substeps = None if settings.substeps is None else str(settings.substeps)
+        substeps = settings.substeps
+        if substeps is not None and not isinstance(substeps, str):
+            substeps = str(whole(substeps, "the number of substeps", 1))
         if substeps is not None:
             spaced_timesteps(substeps)  # says what is wrong with it before anything is made
         given = {"substeps": substeps, "solver": settings.solver, "clip": settings.clip}
@@ -172,10 +174,9 @@ class FlowChoice:
     shift: float = 1.0
 
     def __post_init__(self):
-        _check(self.temperature, lambda t: 0 <= t < math.inf, "temperature of the initial noise must be at least 0")
-        _check(self.shift, lambda a: 0 < a < math.inf, "time shift must be above 0 (1: none)")
-        if self.substeps < 1:
-            raise VgenError(f"a flow needs at least 1 substep, got {self.substeps}")
+        _settle(self, "temperature", lambda t: t >= 0, "temperature of the initial noise must be at least 0")
+        _settle(self, "shift", lambda a: a > 0, "time shift must be above 0 (1: none)")
+        object.__setattr__(self, "substeps", whole(self.substeps, "the number of substeps of a flow", 1))
 
     @classmethod
     def of(cls, settings: SamplingSettings) -> FlowChoice:
@@ -185,8 +186,6 @@ class FlowChoice:
             raise VgenError("this model follows a flow; a bound (clip) is for diffusion, leave it out")
         if settings.low_substeps is not None:
             raise VgenError("this model has the same number of substeps for all tokens; leave out low_substeps")
-        if not isinstance(settings.substeps, int | None):
-            raise VgenError(f"the substeps of a flow are a whole number such as 50, got {settings.substeps!r}")
         given = {"substeps": settings.substeps, "solver": settings.solver}
         return cls(
             settings.temperature,
@@ -210,7 +209,12 @@ def _at(setting: Setting, step: Step) -> float:
     return setting.at(step) if isinstance(setting, Ramp) else setting
 
 
-def _check(setting: Setting, fits: Callable[[float], bool], what: str) -> None:
-    for value in (setting.start, setting.end) if isinstance(setting, Ramp) else (setting,):
+def _settle(choice: Any, field: str, fits: Callable[[float], bool], what: str) -> None:
+    """Makes a setting of a new choice plain floats, whatever kind of number it was. VgenError unless they are finite and fit."""
+    setting = getattr(choice, field)
+    bounds = (setting.start, setting.end) if isinstance(setting, Ramp) else (setting,)
+    values = [real(value, f"the {what.partition(' must')[0]}") for value in bounds]
+    for value in values:
         if not fits(value):
-            raise VgenError(f"the {what}, got {value}")
+            raise VgenError(f"the {what}, got {value:g}")
+    object.__setattr__(choice, field, Ramp(*values) if isinstance(setting, Ramp) else values[0])

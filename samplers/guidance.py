@@ -16,6 +16,7 @@ from torch import Tensor
 from vgen.errors import VgenError, nearest
 from vgen.samplers.flow import weighted_sum
 from vgen.samplers.types import Step
+from vgen.values import real, string
 
 # (step, power) -> share of the way from `start` to `scale`
 Schedule = Callable[[Step, float], float]
@@ -70,17 +71,12 @@ class ClassifierFree:
     start: float = 1.0
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES:
+        if string(self.schedule, "the guidance schedule") not in SCHEDULES:
             raise VgenError(
                 f"unknown guidance schedule {self.schedule!r}{nearest(self.schedule, SCHEDULES)}; known: {', '.join(SCHEDULES)}"
             )
-        if not math.isfinite(self.scale) or self.scale < 0:
-            raise VgenError(
-                f"the guidance scale must be a finite number of at least 0 (1: no guidance), got {self.scale}"
-            )
-        for name, value in (("power", self.power), ("start", self.start)):
-            if not math.isfinite(value) or value < 0:
-                raise VgenError(f"the guidance {name} must be a finite number of at least 0, got {value}")
+        for name in ("scale", "power", "start"):
+            object.__setattr__(self, name, real(getattr(self, name), f"the guidance {name}", 0))
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -142,10 +138,7 @@ class TextImageGuidance:
 
     def __post_init__(self):
         for name, scale in (("text", self.text), ("image", self.image)):
-            if not (math.isfinite(scale) and scale >= 1):
-                raise VgenError(
-                    f"the {name} guidance must be a finite number of at least 1 (1: no guidance), got {scale}"
-                )
+            object.__setattr__(self, name, real(scale, f"the {name} guidance (1: none)", 1))
 
     @property
     def rows(self) -> tuple[str, ...]:

@@ -16,9 +16,11 @@ from torch import Tensor
 from vgen.errors import VgenError
 from vgen.kernels.philox import philox_gumbel, philox_normal, philox_uniform
 from vgen.samplers.types import Step
+from vgen.values import whole
 
 TOKENS, CONFIDENCE, START, ACCEPT, RESAMPLE = range(5)  # streams: independent numbers for the same position and step
 DIFFUSION = 1 << 16  # the initial noise of a diffusion; its substep k has the stream DIFFUSION + 1 + k
+LARGEST = 2**32 - 1  # seeds and picture numbers are words of Philox's key and counter
 CHANNELS = 1 << 24  # tokens of several channels: the one that is drawn k-th has the stream CHANNELS + k
 
 
@@ -31,8 +33,7 @@ class PhiloxNoise:
     _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:
-            raise VgenError(f"the seed must be an integer from 0 to {2**32 - 1}, got {self.seed}")
+        object.__setattr__(self, "seed", whole(self.seed, "the seed", 0, LARGEST))
 
     def _samples(self, device: torch.device) -> Tensor:
         """The samples on a device, copied there once: a copy in every substep would wait for it."""

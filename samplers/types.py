@@ -6,7 +6,7 @@ Prediction knows how to draw, the Canvas knows what has been decoded, and `decod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from vgen.errors import VgenError
+from vgen.values import several, whole
 
 Grid = tuple[int, int, int]  # (T, H, W); an image has T = 1, a 1-D token sequence is (1, 1, N)
 
 
 def as_grid(shape: int | Sequence[int]) -> Grid:
     """`N` -> (1, 1, N); `(H, W)` -> (1, H, W); `(T, H, W)` unchanged. Raises VgenError for anything else."""
-    sizes = (shape,) if isinstance(shape, int) else tuple(int(s) for s in shape)
-    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
-        raise VgenError(
-            f"a grid is N, HxW or TxHxW with sizes of at least 1, got {'x'.join(map(str, sizes)) or 'nothing'}"
-        )
+    listed = several(shape, "a grid") if isinstance(shape, Iterable) and getattr(shape, "ndim", 1) else [shape]
+    if len(listed) > 3:
+        raise VgenError(f"a grid is N, HxW or TxHxW, got {len(listed)} sizes")
+    sizes = tuple(whole(size, "a size of a grid (N, HxW or TxHxW)", 1) for size in listed)
     return (1,) * (3 - len(sizes)) + sizes  # type: ignore[return-value]
 
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A folder may import from itself and from everything to its left.
 DIRECTION = [
     "vgen.errors",
+    "vgen.values",
     "vgen.files",
     "vgen.sizes",
     "vgen.checkpoints",

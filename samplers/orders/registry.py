@@ -18,6 +18,7 @@ from vgen.samplers.orders.permuted import random_order
 from vgen.samplers.orders.zip import zip_rows
 from vgen.samplers.schedules import MASKED_SCHEDULES, SCHEDULES
 from vgen.samplers.types import Grid, as_grid
+from vgen.values import real, string, whole
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,7 @@ class Reader:
 
 def _whole(low: int) -> Reader:
     def parse(value: Any) -> int:
-        number = int(value)
-        if number < low or number != float(value):
-            raise ValueError
-        return number
+        return whole(int(value) if isinstance(value, str) else value, "it", low)
 
     return Reader(parse, f"a whole number of at least {low}")
 
@@ -48,10 +46,7 @@ def _one_of(*names: str) -> Reader:
 
 
 def _amount(value: Any) -> float:
-    number = float(value)
-    if not 0 <= number < float("inf"):
-        raise ValueError
-    return number
+    return real(float(value) if isinstance(value, str) else value, "it", 0)
 
 
 def _flag(value: Any) -> bool:
@@ -269,7 +264,7 @@ def make_order(name: str, grid: int | tuple[int, ...], **options: Any) -> BaseOr
 
 def read_order(text: str) -> tuple[str, dict[str, str]]:
     """'regions-4' or 'random:steps=8,seed=1' -> (name, options as text). Raises VgenError for an unknown name."""
-    head, _, tail = text.partition(":")
+    head, _, tail = string(text, "the name of an order").partition(":")
     name, dash, value = head.partition("-")
     if name not in ORDERS:
         raise VgenError(f"unknown order {name!r}{nearest(name, ORDERS)}; orders: {', '.join(ORDERS)}")

@@ -103,9 +103,9 @@ def test_a_flow_guides_every_velocity_and_scales_the_initial_noise():
     ("make", "message"),
     [
         (lambda: head_kind("flo"), "did you mean 'flow'"),
-        (lambda: FlowChoice(substeps=0), "at least 1 substep"),
+        (lambda: FlowChoice(substeps=0), "substeps of a flow must be a whole number of at least 1"),
         (lambda: FlowChoice(shift=0.0), "time shift must be above 0"),
-        (lambda: FlowChoice.of(SamplingSettings(substeps="ddim50")), "a whole number such as 50"),
+        (lambda: FlowChoice.of(SamplingSettings(substeps="ddim50")), "a whole number of at least 1, got 'ddim50'"),
         (lambda: FlowChoice.of(SamplingSettings(top_k=5)), "no top-k or top-p"),
         (lambda: DiffusionChoice.of(SamplingSettings(shift=2.0)), "time shift is for flows"),
         (lambda: TokenChoice.of(SamplingSettings(substeps=5)), "leave out substeps"),
@@ -114,8 +114,8 @@ def test_a_flow_guides_every_velocity_and_scales_the_initial_noise():
         (lambda: DiffusionChoice.of(SamplingSettings(substeps="abc")), "are a count such as '100'"),
         (lambda: HiMARChoice.of(SamplingSettings(substeps=0)), "1 to 1000 substeps, got 0"),
         (lambda: HiMARChoice.of(SamplingSettings(low_substeps="0")), "1 to 1000 substeps, got 0"),
-        (lambda: FlowChoice.of(SamplingSettings(substeps=0)), "at least 1 substep, got 0"),
-        (lambda: FlowChoice.of(SamplingSettings(substeps="")), "a whole number such as 50, got ''"),
+        (lambda: FlowChoice.of(SamplingSettings(substeps=0)), "at least 1, got 0"),
+        (lambda: FlowChoice.of(SamplingSettings(substeps="")), "at least 1, got ''"),
     ],
 )
 def test_bad_settings_are_one_sentence(make, message):

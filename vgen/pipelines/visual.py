@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,10 +22,11 @@ from vgen.pipelines.inpainting import known_tokens
 from vgen.samplers.choice import SamplingSettings, TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
-from vgen.samplers.noise import PhiloxNoise
+from vgen.samplers.noise import LARGEST, PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order, Step, grid_size
 from vgen.tokenizers_vis.registry import TOKENIZERS
+from vgen.values import real, several, shown, string, whole
 
 # Modules whose classes a saved pipeline may hold. diffusers loads only what is imported already, and a file cannot add to this.
 COMPONENTS = (
@@ -48,6 +49,7 @@ COMPONENTS = (
     *(module for module, _ in TOKENIZERS.values()),
 )
 SHIPPED = ("emoji",)  # pipelines whose weights are in the package, vgen/assets/
+ENCODED = 1024  # prompts that a frozen text encoder turns into features at a time: of FLAN-T5-XL they take half a GB to 1 GB
 Callback = Callable[[Step, Canvas], None]
 
 
@@ -90,6 +92,18 @@ class VisualOutput(BaseOutput):
     images: list[Image.Image]
     tokens: Tensor
     stats: Stats
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that were decoded together and are finished: numbers [B] of the run, tokens [B, N] or [B, N, C], what they were
+    made for (condition), and the cost of the batch."""
+
+    numbers: list[int]
+    images: list[Image.Image]
+    tokens: Tensor
+    condition: Condition
+    counters: Counters
 
 
 class VisualPipeline(DiffusionPipeline):
@@ -182,10 +196,28 @@ class VisualPipeline(DiffusionPipeline):
 
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
-        class_labels: int | Sequence[int] | None = None,
+        prompt: str | Iterable[str] | None = None,
+        class_labels: int | Iterable[int] | None = None,
+        **settings: Any,
+    ) -> VisualOutput:
+        """Makes `num_images` pictures for every prompt or class label and returns all of them. settings: as for `stream`."""
+        start = time.perf_counter()
+        stats, tokens, images = Stats(), [], []
+        for batch in self.stream(prompt, class_labels, **settings):
+            stats.add(batch.counters, len(batch.images), batch.tokens.shape[0] * batch.tokens.shape[1])
+            tokens.append(batch.tokens)
+            images += batch.images
+        stats.seconds = time.perf_counter() - start
+        return VisualOutput(images=images, tokens=torch.cat(tokens) if tokens else torch.empty(0), stats=stats)
+
+    def stream(
+        self,
+        prompt: str | Iterable[str] | None = None,
+        class_labels: int | Iterable[int] | None = None,
         *,
         num_images: int = 1,
+        first: int = 0,
+        skip: Container[int] = (),
         batch_size: int = 16,
         order: str | Order | None = None,
         steps: int | None = None,
@@ -203,42 +235,67 @@ class VisualPipeline(DiffusionPipeline):
         init_image: Image.Image | Path | str | None = None,
         mask: Image.Image | Path | str | None = None,
         callback: Callback | None = None,
-    ) -> VisualOutput:
-        """Makes `num_images` pictures for every prompt or class label.
+    ) -> Iterator[Batch]:
+        """`num_images` pictures for every prompt or class label, batch by batch as they are finished: memory stays flat.
 
+        first: number of the first picture; skip: numbers that are not made (what is there already).
         order: a name for `make_order` (with `order_options`) or an Order; steps: forward passes where the order leaves
         the count free; substeps: of every continuous token; low_*: of the small picture that some models make first, where
         the others are for the whole one; init_image and mask: white areas of the mask are made anew, tokens under black areas stay;
-        callback(step, canvas) is called after every step. Picture i depends on (seed, i) only, not on `batch_size`.
-        Raises VgenError for anything that does not fit.
+        callback(step, canvas) is called after every step. Picture i depends on (seed, i) only, not on `batch_size`, `first` or
+        `skip`. Raises VgenError for anything that does not fit, before the first picture.
         """
-        if num_images < 1 or batch_size < 1:
-            raise VgenError(
-                f"the number of images and the batch size must be at least 1, got {num_images} and {batch_size}"
-            )
+        num_images = whole(num_images, "the number of images", 1)
+        batch_size = whole(batch_size, "the batch size", 1)
+        first, seed = whole(first, "the number of the first picture", 0, LARGEST), whole(seed, "the seed", 0, LARGEST)
+        if callback is not None and not callable(callback):
+            raise VgenError(f"callback must be a function of (step, canvas), got {shown(callback)}")
         _check_low(self.model, low_guidance_scale, low_substeps)
-        condition = self._condition(prompt, class_labels, num_images)
+        subjects = self._subjects(prompt, class_labels)
+        whole(first + len(subjects) * num_images - 1, "the number of the last picture", 0, LARGEST)
         guidance = self._guidance(guidance_scale, guidance_schedule, low_guidance_scale)
         choice = self._choice(temperature, top_k, top_p, substeps, low_substeps)
         order = self.make_order(order, steps, seed, order_options, low_steps)
         self.model.check_order(order)
         known = known_tokens(self.tokenizer, self.grids, init_image, mask)
-        stats, tokens, images = Stats(), [], []
-        start = time.perf_counter()
-        for begin in range(0, len(condition.mask), batch_size):
-            samples = torch.arange(begin, min(begin + batch_size, len(condition.mask)))
-            canvas = self._canvas(samples, known)
-            part = condition.take(samples)
-            conditions = [part] if len(guidance.rows) == 1 else [part, self.model.null(part)]
-            state = self.model.start(conditions, canvas)
-            for step, _ in decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples)):
-                if callback is not None:
-                    callback(step, canvas)
-            stats.add(state.counters, len(samples), len(samples) * sum(map(grid_size, self.grids)))
-            tokens.append(canvas.values)
-            images += self.decode_tokens(canvas.values, part)
-        stats.seconds = time.perf_counter() - start
-        return VisualOutput(images=images, tokens=torch.cat(tokens), stats=stats)
+        # Ids take next to nothing: all are read before the first picture, so that a mistake in the last prompt is an error now.
+        block = ENCODED if hasattr(self.model.vocabulary, "encoder") else len(subjects)
+        condition = self._condition(subjects[:block])
+
+        def batches() -> Iterator[Batch]:
+            part = condition
+            for begin in range(0, len(subjects), block):
+                part = self._condition(subjects[begin : begin + block]) if begin else part
+                start = begin * num_images
+                wanted = [i for i in range(start, start + len(part.mask) * num_images) if first + i not in skip]
+                for at in range(0, len(wanted), batch_size):
+                    places = torch.tensor(wanted[at : at + batch_size])
+                    mine = part.take((places - start) // num_images)
+                    yield self._batch(first + places, mine, order, guidance, choice, seed, known, callback)
+
+        return batches()
+
+    @torch.no_grad()
+    def _batch(
+        self,
+        samples: Tensor,
+        condition: Condition,
+        order: Order,
+        guidance: Guidance,
+        choice: Any,
+        seed: int,
+        known: tuple[Tensor, Tensor] | None,
+        callback: Callback | None,
+    ) -> Batch:
+        """Decodes the pictures of these numbers [B]."""
+        canvas = self._canvas(samples, known)
+        conditions = [condition] if len(guidance.rows) == 1 else [condition, self.model.null(condition)]
+        state = self.model.start(conditions, canvas)
+        for step, _ in decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples)):
+            if callback is not None:
+                callback(step, canvas)
+        images = self.decode_tokens(canvas.values, condition)
+        return Batch(samples.tolist(), images, canvas.values, condition, state.counters)
 
     def check_settings(self) -> None:
         """Raises VgenError for default settings that no call can use: substeps, orders, guidance of another kind of model."""
@@ -260,8 +317,12 @@ class VisualPipeline(DiffusionPipeline):
         """
         _check_low(self.model, low_steps)
         if order is not None and not isinstance(order, str):
+            if not hasattr(order, "steps"):
+                raise VgenError(f"an order is a name such as 'raster' or what make_order returns, got {shown(order)}")
             return order
         name = order or self.config.order
+        if not isinstance(options, dict | None):
+            raise VgenError(f"the options of an order are a dict such as {{'steps': 8}}, got {shown(options)}")
         options = dict(options or {})
         if steps is None and name == self.config.order:
             steps = self.config.steps
@@ -293,6 +354,7 @@ class VisualPipeline(DiffusionPipeline):
         least = getattr(self.model, "least_guidance", 0.0)
 
         def free(scale: float) -> ClassifierFree:
+            scale = real(scale, "the guidance scale")
             if scale < least:
                 raise VgenError(
                     f"the guidance scale of this model is at least {least:g} (1: no guidance), got {scale:g}"
@@ -331,25 +393,29 @@ class VisualPipeline(DiffusionPipeline):
         )
         return getattr(self.model, "choice_kind", TokenChoice).of(settings)
 
-    def _condition(
-        self, prompt: str | Sequence[str] | None, labels: int | Sequence[int] | None, repeat: int
-    ) -> Condition:
+    def _subjects(self, prompt: str | Iterable[str] | None, labels: int | Iterable[int] | None) -> list[str] | list[int]:
+        """What the pictures show: texts, or numbers of classes."""
         if (prompt is None) == (labels is None):
             raise VgenError("give either prompts or class labels, not both and not neither")
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else several(prompt, "the prompts (a str, or several)")
+            return [string(one, "a prompt") for one in prompts]
+        single = isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0
+        return [whole(one, "a class label") for one in ([labels] if single else several(labels, "the class labels"))]
+
+    def _condition(self, subjects: Sequence[str] | Sequence[int]) -> Condition:
+        """One row for each."""
         vocabulary = self.model.vocabulary
         if vocabulary is None:
             raise VgenError(
                 "this model reads prompts through a frozen text encoder, which its folder does not hold; give it one: "
                 'pipe.model.read_words({"text_encoder": folder})'
             )
-        if prompt is not None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            condition = vocabulary.captions(prompts, self.model.config.get("prefix_limit", 0))
-        elif hasattr(vocabulary, "labels"):
-            condition = vocabulary.labels([labels] if isinstance(labels, int) else list(labels))
-        else:
-            raise VgenError("this model takes prompts and knows no classes; give a prompt")
-        return condition.take(torch.arange(len(condition.mask)).repeat_interleave(repeat))
+        if isinstance(subjects[0], str):
+            return vocabulary.captions(subjects, self.model.config.get("prefix_limit", 0))
+        if hasattr(vocabulary, "labels"):
+            return vocabulary.labels(subjects)
+        raise VgenError("this model takes prompts and knows no classes; give a prompt")
 
     def _canvas(self, samples: Tensor, known: tuple[Tensor, Tensor] | None) -> Canvas:
         config = self.model.config
