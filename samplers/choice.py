@@ -139,7 +139,9 @@ class DiffusionChoice:
     def __post_init__(self):
         _settle(self, "temperature", lambda t: t >= 0, "temperature of the diffusion noise must be at least 0")
         if self.clip is not None:
-            _settle(self, "clip", lambda bound: bound > 0, "bound of estimated tokens (clip) must be above 0, such as 5")
+            _settle(
+                self, "clip", lambda bound: bound > 0, "bound of estimated tokens (clip) must be above 0, such as 5"
+            )
 
     @classmethod
     def of(cls, settings: SamplingSettings) -> DiffusionChoice:

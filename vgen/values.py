@@ -39,7 +39,9 @@ def real(value: Any, name: str, least: float = -math.inf) -> float:
         except (TypeError, ValueError, RuntimeError, OverflowError):
             pass
     if not math.isfinite(number) or number < least:
-        raise VgenError(f"{name} must be a finite number{'' if least == -math.inf else f' of at least {least:g}'}, got {shown(value)}")
+        raise VgenError(
+            f"{name} must be a finite number{'' if least == -math.inf else f' of at least {least:g}'}, got {shown(value)}"
+        )
     return number
 
 

@@ -49,7 +49,9 @@ COMPONENTS = (
     *(module for module, _ in TOKENIZERS.values()),
 )
 SHIPPED = ("emoji",)  # pipelines whose weights are in the package, vgen/assets/
-ENCODED = 1024  # prompts that a frozen text encoder turns into features at a time: of FLAN-T5-XL they take half a GB to 1 GB
+ENCODED = (
+    1024  # prompts that a frozen text encoder turns into features at a time: of FLAN-T5-XL they take half a GB to 1 GB
+)
 Callback = Callable[[Step, Canvas], None]
 
 
@@ -393,7 +395,9 @@ class VisualPipeline(DiffusionPipeline):
         )
         return getattr(self.model, "choice_kind", TokenChoice).of(settings)
 
-    def _subjects(self, prompt: str | Iterable[str] | None, labels: int | Iterable[int] | None) -> list[str] | list[int]:
+    def _subjects(
+        self, prompt: str | Iterable[str] | None, labels: int | Iterable[int] | None
+    ) -> list[str] | list[int]:
         """What the pictures show: texts, or numbers of classes."""
         if (prompt is None) == (labels is None):
             raise VgenError("give either prompts or class labels, not both and not neither")
