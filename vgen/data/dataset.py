@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vgen.data.images import Augment, BadFile, decode_image, item_generator, shrink, view
-from vgen.data.sources import Source, open_source
+from vgen.data.sources import Collection, Source, open_source
 from vgen.errors import VgenError
 
 log = logging.getLogger("vgen.data")
@@ -45,7 +44,7 @@ class ImageDataset(EpochDataset):
 
     def __init__(self, source: Source, size: int, augment: Augment | None = None, seed: int = 0, cache: bool = False):
         self.source, self.size, self.augment, self.seed = source, size, augment, seed
-        self._cache: dict[int, tuple[Tensor, str, int]] | None = {} if cache else None
+        self._cache: dict[int, Tensor] | None = {} if cache else None
         self._bad = torch.zeros(len(source.keys), dtype=torch.bool).share_memory_()  # workers write it too
         self._reported = 0
         self.item(0, 0)  # finds out now, not in a worker later, that nothing at all is readable
@@ -68,18 +67,18 @@ class ImageDataset(EpochDataset):
 
     @cached_property
     def captions(self) -> list[str]:
-        """The captions of all samples, by index ("" where there is none, or none that can be read)."""
-        return [_or(self.source.caption, index, "") for index in range(len(self))]
+        """The captions of all samples, by index ("" where there is none)."""
+        return [sample.caption for sample in self.source.samples]
 
-    @cached_property
+    @property
     def labels(self) -> list[int]:
         """The labels of all samples, by index (-1: none)."""
-        return [_or(self.source.label, index, -1) for index in range(len(self))]
+        return self.source.labels
 
     @cached_property
     def aesthetics(self) -> list[float]:
         """The aesthetic scores of all samples, by index (NaN: not known)."""
-        return [_or(self.source.aesthetic, index, math.nan) for index in range(len(self))]
+        return [sample.aesthetic for sample in self.source.samples]
 
     @property
     def bad_files(self) -> list[str]:
@@ -88,20 +87,21 @@ class ImageDataset(EpochDataset):
 
     def item(self, index: int, epoch: int) -> dict:
         for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            loaded = self._load(candidate)
-            if loaded is not None:
-                return self._finish(candidate, epoch, *loaded)
+            item = self.own_item((index + step) % len(self), epoch)
+            if item is not None:
+                return item
         raise VgenError(
             f"none of the {len(self)} pictures can be read, beginning with {self.keys[0]}: are they pictures?"
         )
 
+    def own_item(self, index: int, epoch: int = 0) -> dict | None:
+        """The item of an index without a substitute: None where its picture cannot be read."""
+        image = self._load(index)
+        return None if image is None else self._finish(index, epoch, image)
+
     def readable(self) -> Iterator[dict]:
         """Every readable item once, in order, without substitutes: for caching tokens, evaluation, contact sheets."""
-        for index in range(len(self)):
-            loaded = self._load(index)
-            if loaded is not None:
-                yield self._finish(index, 0, *loaded)
+        return filter(None, map(self.own_item, range(len(self))))
 
     def report_bad_files(self) -> None:
         """Logs, once per number of bad files, how many were skipped and which."""
@@ -111,44 +111,49 @@ class ImageDataset(EpochDataset):
             names = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
             log.warning("%d of %d samples could not be read and were skipped: %s", len(bad), len(self), names)
 
-    def _load(self, index: int) -> tuple[Tensor, str, int] | None:
-        """(uint8 picture, caption, label), or None for a bad file."""
+    def _load(self, index: int) -> Tensor | None:
+        """The uint8 picture, or None for a bad file."""
         if self._bad[index]:
             return None
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        try:
-            image = shrink(decode_image(self.source.image(index)), self.size, self.augment)
-            loaded = image, self.source.caption(index), self.source.label(index)
-        except (BadFile, OSError):
-            self._bad[index] = True
-            return None
-        if self._cache is not None:
-            self._cache[index] = loaded
-        return loaded
+        for picture in self.source.samples[index].pictures:
+            try:
+                image = shrink(decode_image(picture.read()), self.size, self.augment)
+            except (BadFile, OSError):
+                continue
+            if self._cache is not None:
+                self._cache[index] = image
+            return image
+        self._bad[index] = True
+        return None
 
-    def _finish(self, index: int, epoch: int, image: Tensor, caption: str, label: int) -> dict:
+    def _finish(self, index: int, epoch: int, image: Tensor) -> dict:
         generator = item_generator(self.seed, epoch, index) if self.augment else None
+        sample = self.source.samples[index]
         image = view(image, self.size, self.augment, generator)
-        return {"image": image, "caption": caption, "label": label, "key": self.keys[index]}
+        return {"image": image, "caption": sample.caption, "label": self.labels[index], "key": sample.key}
 
 
 def open_images(
-    path: str | Path,
+    path: str | Path | Collection,
     split: str = "train",
     size: int = 64,
     augment: bool | Augment = False,
     *,
+    held_out: str | int | None = None,
     seed: int = 0,
     cache: bool = False,
 ) -> ImageDataset:
     """Opens an image folder or WebDataset shards.
 
     Args:
-        path: a folder of pictures (class = subfolder, see `FolderSource`), a folder of shards, one .tar, or a glob pattern of them.
-        split: "train", "heldout"… : shards `SPLIT-*.tar` or the subfolder SPLIT; undivided data is all "train".
+        path: a folder of pictures (class = subfolder), a folder of shards, one .tar, a pattern (`d/*.tar`) or a range of them
+            (`d/train-{000..009}.tar`), or what `open_data` made of one (reads it once for several splits).
+        split: "train", "heldout"… : shards that name it or the subfolder of that name; undivided data is all "train".
         size: side of the square images in pixels; larger pictures are resized by their short side and cropped.
         augment: random crops and flips (`Augment` to set them); drawn from (seed, epoch, index), so items are reproducible.
+        held_out: makes a split "heldout" of data that has none: a share ("5%"), a number of pictures, or "auto" (see `open_data`).
         seed: of the augmentation.
         cache: keep decoded pictures (uint8) in memory, per process: for small data that is read many times.
 
@@ -161,11 +166,4 @@ def open_images(
         raise VgenError(
             f"augmentation needs 0 < min_scale <= 1 and 0 <= flip <= 1, found {augment.min_scale} and {augment.flip}"
         )
-    return ImageDataset(open_source(path, split), size, augment, seed, cache)
-
-
-def _or(read, index: int, default):
-    try:
-        return read(index)
-    except (BadFile, OSError):
-        return default
+    return ImageDataset(open_source(path, split, held_out), size, augment, seed, cache)

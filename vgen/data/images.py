@@ -13,11 +13,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from vgen.data.text import BadFile
 from vgen.layers.pixels import to_rgb
-
-
-class BadFile(ValueError):
-    """A sample that cannot be read; datasets skip it and count it."""
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from vgen.data.text import whole_text
+from vgen.data.tree import JUNK
 from vgen.errors import VgenError
 from vgen.files import atomic_path
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """The bytes of one member inside a shard."""
 
@@ -30,16 +31,21 @@ class Span:
     def read(self) -> bytes:
         # A handle per read keeps items picklable for DataLoader workers; the system caches the pages.
         with open(self.shard, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+            return self.read_from(file)
+
+    def read_from(self, file: BinaryIO) -> bytes:
+        """The same, from the opened shard."""
+        file.seek(self.offset)
+        return file.read(self.size)
 
 
 @dataclass(frozen=True)
 class ShardSample:
-    """One sample: its key and its members by extension (without the dot)."""
+    """One sample: its key, its members by extension (lower case, without the first dot), and how many were given again."""
 
     key: str
     members: dict[str, Span]
+    repeated: int = 0
 
 
 def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
@@ -54,28 +60,27 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
 
 
 def read_index(shard: Path) -> list[ShardSample]:
-    """All samples of a shard, in file order. Raises VgenError when the file is not an intact tar."""
+    """All samples of a shard, in file order. Of a member that is given twice the last counts, as where a tar is extracted.
+
+    Raises VgenError when the file is not an intact tar.
+    """
     samples: dict[str, dict[str, Span]] = {}
+    repeated: Counter[str] = Counter()
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                if not member.isfile():
-                    continue
                 folder, _, base = member.name.rpartition("/")
                 stem, dot, extension = base.partition(".")
-                if not (stem and dot):
+                if not (member.isfile() and stem and dot) or JUNK & set(folder.split("/")):
                     continue
-                key = f"{folder}/{stem}" if folder else stem
-                samples.setdefault(key, {})[extension.lower()] = Span(shard, member.offset_data, member.size)
+                key = whole_text(f"{folder}/{stem}" if folder else stem)
+                members = samples.setdefault(key, {})
+                repeated[key] += extension.lower() in members
+                members[extension.lower()] = Span(shard, member.offset_data, member.size)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise VgenError(f"{shard} is not an intact tar shard ({error}): build or download it again") from error
     end = max((span.offset + span.size for members in samples.values() for span in members.values()), default=0)
     # tarfile takes a file that was cut between two members for a whole one: only the zero block behind the last member is missing.
     if samples and shard.stat().st_size < -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE:
         raise VgenError(f"{shard} is not an intact tar shard (its end is missing): build or download it again")
-    return [ShardSample(key, members) for key, members in samples.items()]
-
-
-def image_member(sample: ShardSample) -> Span | None:
-    """The picture of a sample, or None."""
-    return next((span for extension, span in sample.members.items() if f".{extension}" in IMAGE_SUFFIXES), None)
+    return [ShardSample(key, members, repeated[key]) for key, members in samples.items()]

@@ -1,0 +1,120 @@
+"""Samples of image folders.
+
+Class: the first subfolder. Caption: what the tables say (`vgen.data.tables`) where they name any picture of the split; else the
+sidecar `NAME.txt`, else `NAME.json` (its field caption or text). Aesthetic score: `aesthetic_score` of `NAME.json`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from vgen.data.samples import File, Sample, Tally
+from vgen.data.splits import Layout
+from vgen.data.tables import Table, read_tables
+from vgen.data.text import BadFile, aesthetic_in, caption_in, read_record, read_text, whole_text
+from vgen.data.tree import OTHER_PICTURES, files_below, is_picture
+from vgen.errors import VgenError
+
+
+def read_folders(where: Layout) -> tuple[dict[str, list[Sample]], dict[str, Tally], list[str]]:
+    """Split -> samples in the order of their paths, and what was met; sentences about the whole. Raises VgenError for bad tables."""
+    tallies = {split: Tally() for split in where.parts}
+    trouble = {split: Counter() for split in where.parts}
+    folders = {split: folder for split, (folder,) in where.parts.items()}
+    names = {split: list(files_below(folder, trouble[split])) for split, folder in folders.items()}
+    everything = [name for split in names for name in _from_root(where.root, folders[split], names[split])]
+    notes = []
+    if where.divided:
+        beside = [path.name for path in where.root.iterdir() if path.is_file() and not path.name.startswith(".")]
+        everything += beside
+        loose = sum(map(is_picture, beside))
+        notes += [f"pictures beside the split folders are not read: {loose}"] if loose else []
+    tables, more = read_tables(where.root, everything)
+    pictures = [name for name in everything if is_picture(name)]
+    for table in tables:
+        if not any(table.caption(name) is not None for name in pictures):
+            example = f": expected paths like {PurePosixPath(pictures[0]).relative_to('.')}" if pictures else ""
+            raise VgenError(f"{where.root / table.name} names no picture of its folder{example}")
+    samples = {
+        split: _samples(where, folder, names[split], tables, tallies[split]) for split, folder in folders.items()
+    }
+    for split, tally in tallies.items():
+        tally.notes += [f"{text}: {count}" for text, count in trouble[split].items()]
+    return samples, tallies, [*notes, *more, *_repeated(tables)]
+
+
+def _samples(where: Layout, folder: Path, names: Sequence[str], tables: Sequence[Table], tally: Tally) -> list[Sample]:
+    pictures = sorted(filter(is_picture, names), key=lambda name: name.split("/"))
+    tally.found = len(pictures)
+    others = Counter(PurePosixPath(name).suffix.lower() for name in names)
+    tally.notes += [f"{others[suffix]} {suffix} not read: convert them" for suffix in OTHER_PICTURES if others[suffix]]
+    parts = {name.removesuffix("_stats.json") for name in names if name.endswith("_stats.json")}
+    parts &= {name.split("/")[0] for name in pictures}
+    if parts:
+        tally.notes.append(f"{len(parts)} folders of img2dataset, such as {min(parts)}/, are no classes")
+    from_root = dict(zip(pictures, _from_root(where.root, folder, pictures)))
+    used = [table for table in tables if any(table.caption(name) is not None for name in from_root.values())]
+    sidecars = {_lower_suffix(name): name for name in names if name.lower().endswith((".txt", ".json"))}
+    stems = Counter(_stem(name) for name in pictures)
+    samples = []
+    for name in pictures:
+        stem = _stem(name)
+        try:
+            record = _record(folder, sidecars.get(f"{stem}.json"))
+            caption, source = _caption(from_root[name], used) if used else _sidecar(folder, stem, sidecars, record)
+        except (BadFile, OSError) as error:
+            tally.skipped[str(error) if isinstance(error, BadFile) else "sidecar that cannot be read"] += 1
+            continue
+        if caption:
+            tally.captions_from[source] += 1
+        first, _, below = name.partition("/")
+        samples.append(
+            Sample(
+                key=whole_text(name if stems[stem] > 1 else stem),
+                pictures=(File(folder / name),),
+                caption=caption,
+                label=whole_text(first) if below and first not in parts else None,
+                aesthetic=aesthetic_in(record),
+            )
+        )
+    return samples
+
+
+def _caption(name: str, tables: Sequence[Table]) -> tuple[str, str]:
+    """The caption of a picture and the table it is from: the first that has words for it."""
+    return next(((caption, table.name) for table in tables if (caption := table.caption(name))), ("", ""))
+
+
+def _sidecar(folder: Path, stem: str, sidecars: Mapping[str, str], record: Mapping) -> tuple[str, str]:
+    text = sidecars.get(f"{stem}.txt")
+    caption = whole_text(read_text((folder / text).read_bytes())).strip() if text else ""
+    return (caption, ".txt files") if caption else (caption_in(record), ".json files")
+
+
+def _record(folder: Path, name: str | None) -> dict:
+    return read_record((folder / name).read_bytes()) if name else {}
+
+
+def _from_root(root: Path, folder: Path, names: Sequence[str]) -> list[str]:
+    """Paths from the root of the data instead of from the folder of a split."""
+    prefix = "" if folder == root else f"{folder.name}/"
+    return [prefix + name for name in names]
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(PurePosixPath(name).suffix)
+
+
+def _lower_suffix(name: str) -> str:
+    return _stem(name) + PurePosixPath(name).suffix.lower()
+
+
+def _repeated(tables: Sequence[Table]) -> list[str]:
+    return [
+        f"{table.name} has several rows for a picture ({table.repeated} more than pictures): the first is used"
+        for table in tables
+        if table.repeated
+    ]
