@@ -12,6 +12,7 @@ from vgen.data.emoji import build_emoji, held_out
 from vgen.data.emoji_captions import captions_of
 from vgen.data.npm import Package, fetch_archive
 from vgen.errors import VgenError
+from vgen.data.shards import write_shard
 from vgen.files import sha256
 
 PICTURES, NAMES = Package("@scope/pictures", "1.0.0"), Package("names", "2.0.0")
@@ -167,6 +168,44 @@ def test_resume_keeps_intact_shards_and_replaces_the_rest(tmp_path, archives):
     assert {path.name for path in out.glob("*.tar")} == smaller["shards"].keys() != whole["shards"].keys()
 
 
+def test_files_of_others_are_neither_removed_nor_written_over(tmp_path, archives):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("photos.tar", "train-00000.tar"):
+        (out / name).write_bytes(b"mine")
+        with pytest.raises(VgenError, match=rf"{name} is there already and belongs to no emoji dataset"):
+            build(out, archives)
+        assert [path.read_bytes() for path in out.iterdir()] == [b"mine"]
+        (out / name).unlink()
+    (out / "manifest.json").write_text('{"kind": "scans", "shards": {}, "complete": true}')
+    with pytest.raises(VgenError, match="not the manifest of an emoji dataset"):
+        build(out, archives)
+    (out / "manifest.json").unlink()
+    (out / "notes.txt").write_text("mine")
+    whole = build(out, archives)
+    (out / "holiday.tar").write_bytes(b"mine")  # came later: other settings would rebuild, and must not take it along
+    with pytest.raises(VgenError, match="holiday.tar is there already"):
+        build(out, archives, shard_size=30)
+    assert (out / "holiday.tar").read_bytes() == b"mine" and (out / "notes.txt").read_text() == "mine"
+    assert all(sha256(out / file) == shard["sha256"] for file, shard in whole["shards"].items())
+
+
+def test_a_killed_build_knows_the_shards_it_had_begun(tmp_path, archives, monkeypatch):
+    out = tmp_path / "out"
+
+    def die(*args):
+        write_shard(*args)
+        raise KeyboardInterrupt  # behind the shard, before the manifest names it
+
+    monkeypatch.setattr("vgen.data.emoji.write_shard", die)
+    with pytest.raises(KeyboardInterrupt):
+        build(out, archives, shard_size=30)
+    monkeypatch.undo()
+    assert len(list(out.glob("*.tar"))) == 1
+    whole = build(out, archives)
+    assert {path.name for path in out.glob("*.tar")} == whole["shards"].keys() and "files" not in whole
+
+
 def test_broken_or_missing_archives_are_one_clear_error(tmp_path, archives):
     path = archives / PICTURES.file_name
     whole = path.read_bytes()
@@ -187,9 +226,10 @@ def test_npm_fetches_once_and_again_when_the_cache_is_broken(tmp_path, archives)
     out = tmp_path / "out"
     manifest = build(out, None)
     assert manifest["complete"] and calls(tmp_path) == 2
-    (out / "manifest.json").unlink()
+    unfinished = json.dumps({**manifest, "complete": False, "shards": {}})
+    (out / "manifest.json").write_text(unfinished)
     assert build(out, None) == manifest and calls(tmp_path) == 2
-    (out / "manifest.json").unlink()
+    (out / "manifest.json").write_text(unfinished)
     (out / "archives" / NAMES.file_name).write_bytes(b"half")
     assert build(out, None) == manifest and calls(tmp_path) == 3
 

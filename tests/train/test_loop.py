@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,8 +162,7 @@ def test_finished_run_does_nothing_but_restore_a_missing_model(tmp_path):
     train(config_of(tmp_path, "steps=4"))
     model = tmp_path / "run" / "model" / "model.safetensors"
     content = model.read_bytes()
-    model.unlink()
-    model.parent.rmdir()
+    shutil.rmtree(model.parent)
     assert train(config_of(tmp_path, "steps=4")).finished
     assert model.read_bytes() == content
 

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Lists, or loads and saves."""
     from vgen.convert.published import names, published
     from vgen.errors import VgenError
+    from vgen.files import atomic_folder, check_folder
 
     if args.list:
         for name in names():
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.out.exists():
         raise VgenError(f"--out {args.out} exists already; choose a new folder")
+    check_folder(args.out)
     entry = published(args.name)
     if entry.kind == "text_encoder":
         raise VgenError(
@@ -60,7 +62,6 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from vgen.convert.load import load_published, load_published_tokenizer
-    from vgen.files import atomic_folder
 
     dtype = getattr(torch, args.dtype)
     if entry.kind == "tokenizer":

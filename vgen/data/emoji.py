@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from vgen.files import sha256, write_json
 # Increase when captions, split, file layout or image processing change: older outputs are then built anew.
 FORMAT = 1
 HELDOUT_PERCENT = 10
+_SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
 PICTURES = Package(
     "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
 )
@@ -90,6 +92,7 @@ def build_emoji(
         "shard_size": shard_size,
         "packages": [package.spec for package in packages],
     }
+    ours = _files_of_ours(out)
     earlier = _read_manifest(out, settings)
     done = {file: entry for file, entry in earlier.get("shards", {}).items() if _intact(out / file, entry["sha256"])}
     if earlier.get("complete") and len(done) == len(earlier["shards"]):
@@ -126,6 +129,7 @@ def build_emoji(
         "made_with": {"pillow": PIL.__version__},
         "classes": classes,
         "shards": done,
+        "files": sorted(ours | plan.keys()),  # what this build may write or remove, and has perhaps begun
     }
     write_json(out / "manifest.json", manifest)  # before any shard: readers refuse a folder that is not complete
     with tqdm(total=len(emoji), desc="emoji", unit="picture", disable=not progress) as bar:
@@ -136,8 +140,9 @@ def build_emoji(
             write_shard(out / file, _samples(items, webps, classes, size, bar))
             done[file] = {"samples": len(items), "sha256": sha256(out / file)}
             write_json(out / "manifest.json", manifest)
-    for stale in {path.name for path in out.glob("*.tar")} - plan.keys():
-        (out / stale).unlink()
+    for stale in ours - plan.keys():
+        (out / stale).unlink(missing_ok=True)
+    del manifest["files"]
     manifest.update(complete=True, shards={file: done[file] for file in plan})
     write_json(out / "manifest.json", manifest)
     return manifest
@@ -247,6 +252,37 @@ def _read_manifest(out: Path, settings: dict) -> dict:
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return manifest if same else {}
+
+
+def _files_of_ours(out: Path) -> set[str]:
+    """The shards that earlier builds, with whatever settings, wrote or planned in `out`. Raises VgenError where other data lies.
+
+    Nothing else in `out` is ever written over or removed, and shards of others would be read as part of the dataset.
+    """
+    path = out / "manifest.json"
+    if out.exists() and not out.is_dir():
+        raise VgenError(f"--out {out} is a file, expected a folder")
+    ours: set[str] = set()
+    if path.exists():
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["kind"] != "emoji":
+                raise ValueError(manifest["kind"])
+            ours = {*manifest["shards"], *manifest.get("files", ())}
+            unlisted = not manifest["complete"] and "files" not in manifest  # begun before `files` was written
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise VgenError(
+                f"{path} is not the manifest of an emoji dataset; nothing was changed: choose another --out"
+            ) from error
+        if unlisted:
+            ours |= {file.name for file in out.glob("*.tar")}
+    ours = {name for name in ours if _SHARD.fullmatch(name)}
+    if foreign := sorted({file.name for file in out.glob("*.tar")} - ours):
+        raise VgenError(
+            f"{out / foreign[0]} is there already and belongs to no emoji dataset of vgen; nothing was changed: choose another "
+            "--out, or move it away"
+        )
+    return ours
 
 
 def _intact(path: Path, digest: str) -> bool:

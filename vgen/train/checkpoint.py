@@ -29,10 +29,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vgen.errors import VgenError
-from vgen.files import atomic_folder
+from vgen.files import atomic_folder, remove_folder
 from vgen.train.optim import Average
 
+KIND = "checkpoint"  # of the folders, see vgen/files.py
 _NAME = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"\.step_\d{8,}(-\w{8})?")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -68,7 +70,8 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 def remove_leftovers(folder: Path) -> None:
     """Deletes unfinished folders that a killed process left behind."""
     for path in folder.glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if _LEFTOVER.fullmatch(path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def save(
@@ -85,7 +88,7 @@ def save(
         if trainee.average:
             tensors[f"{name}.average"] = {key: whole(value).cpu() for key, value in trainee.average.values.items()}
     if accelerator.is_main_process and not target.exists():
-        with atomic_folder(target) as temporary:
+        with atomic_folder(target, KIND) as temporary:
             for name, content in tensors.items():
                 save_file(
                     {key: value.contiguous() for key, value in content.items()}, temporary / f"{name}.safetensors"
@@ -127,16 +130,16 @@ def load_average(checkpoint: Checkpoint, name: str, average: Average) -> None:
 
 
 def prune(folder: Path, keep: int, better: int) -> None:
-    """Deletes all but the newest `keep` checkpoints and the one with the best score (better: +1 more is better, -1 less, 0 none)."""
+    """Deletes all but the newest `keep` checkpoints and the one with the best score (better: +1 more is better, -1 less, 0 none).
+
+    One that holds anything else (somebody's notes) stays.
+    """
     found = checkpoints(folder)
     scored = [checkpoint for checkpoint in found if better and checkpoint.state.get("score") is not None]
     best = max(scored, key=lambda checkpoint: better * checkpoint.state["score"], default=None)
     for checkpoint in found[:-keep]:
         if checkpoint is not best:
-            # Renamed first, so that a kill in the middle leaves no half-empty folder under a valid name.
-            doomed = checkpoint.folder.with_name(f".{checkpoint.folder.name}")
-            checkpoint.folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove_folder(checkpoint.folder, KIND)
 
 
 def whole_weights(accelerator: Accelerator, trainee: Trainee) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from vgen.errors import VgenError
-from vgen.files import atomic_folder, atomic_path
+from vgen.files import atomic_folder, atomic_path, check_folder
 from vgen.train.checkpoint import (
     Checkpoint,
     Trainee,
@@ -270,6 +270,7 @@ def train(config: TrainConfig, allow_changes: bool = False) -> Summary:
     Raises VgenError for a run folder of another config, a broken checkpoint, or a loss that is not finite.
     """
     started = time.monotonic()
+    check_folder(Path(config.out) / "model")
     trainer = Trainer(config, allow_changes)
     system, folder, main = trainer.system, trainer.folder, trainer.main
     found = checkpoints(folder / "checkpoints")
@@ -350,6 +351,7 @@ def export_checkpoint(config: TrainConfig, which: str, target: Path, dtype: str 
 
     which: "last", "best", or a step number; dtype: float32, float16 or bfloat16, for the exported weights.
     """
+    check_folder(target)
     trainer = Trainer(config, allow_changes=True)
     found = checkpoints(trainer.folder / "checkpoints")
     if not found:
