@@ -71,7 +71,7 @@ def test_bad_input_is_one_sentence(folder, vq, tmp_path, capsys):
     for change, words in (
         (["--size", "15"], "multiple of 2 for this tokenizer, got 15; use 14 or 16"),
         (["--num-tokens", "65"], "65 of them cannot be kept; choose 1 to 64"),
-        (["--num-tokens", "0"], "choose 1 to 64"),
+        (["--num-tokens", "0"], "at least 1"),
         (["--steps", "3"], "takes no steps"),
         (["--model", "emoji-vk"], "did you mean 'emoji-vq'"),
         (["--input", str(tmp_path / "text.png")], "not a readable picture"),

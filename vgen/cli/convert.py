@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vgen.cli.arguments import existing, writable_folder
+from vgen.errors import VgenError
+from vgen.files import check_folder
+
 EPILOG = """examples:
   vgen convert llamagen-vq16 --out checkpoints/llamagen-vq16            a tokenizer, for `vgen tokenize` and training
   vgen convert llamagen-c2i-B-256 --out models/llamagen-B               a pipeline, for `vgen sample --model`
@@ -34,17 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print what is known about every checkpoint and stop")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Lists, or loads and saves."""
-    from vgen.convert.published import names, published
-    from vgen.errors import VgenError
-    from vgen.files import atomic_folder, check_folder
-
+def check(args: argparse.Namespace) -> None:
+    """What can be refused before torch is imported."""
     if args.list:
-        for name in names():
-            entry = published(name)
-            doubts = f"; not verified: {', '.join(entry.unverified)}" if entry.unverified else ""
-            print(f"{name:28} {entry.kind:13} {entry.source}; weights: {entry.weights_licence}{doubts}")
         return
     if args.name is None or args.out is None:
         raise VgenError(
@@ -52,17 +48,33 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.out.exists():
         raise VgenError(f"--out {args.out} exists already; choose a new folder")
+    writable_folder("--out", args.out)
     check_folder(args.out)
-    entry = published(args.name)
-    if entry.kind == "text_encoder":
+    existing("--checkpoint-dir", args.checkpoint_dir, "folder")
+    from vgen.convert.published import published
+
+    if published(args.name).kind == "text_encoder":
         raise VgenError(
             f"{args.name} is a text encoder, which transformers loads as it is; name a generator or a tokenizer"
         )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Lists, or loads and saves."""
+    from vgen.convert.published import names, published
+
+    if args.list:
+        for name in names():
+            entry = published(name)
+            doubts = f"; not verified: {', '.join(entry.unverified)}" if entry.unverified else ""
+            print(f"{name:28} {entry.kind:13} {entry.source}; weights: {entry.weights_licence}{doubts}")
+        return
 
     import torch
 
     from vgen.convert.load import load_published, load_published_tokenizer
 
+    entry = published(args.name)
     dtype = getattr(torch, args.dtype)
     if entry.kind == "tokenizer":
         result = load_published_tokenizer(args.name, args.checkpoint_dir)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from vgen.cli.arguments import existing, existing_data, whole, writable_file, writable_folder
 
 EPILOG = """examples:
   vgen data emoji --out data/emoji --size 64
@@ -14,16 +17,36 @@ EPILOG = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     emoji = actions.add_parser("emoji", help="build the Fluent 3D emoji with captions, as WebDataset shards")
-    emoji.add_argument("--out", required=True, metavar="FOLDER", help="where the dataset goes; a rerun resumes it")
-    emoji.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: %(default)s)")
-    emoji.add_argument("--shard-size", type=int, default=1000, help="pictures per shard (default: %(default)s)")
-    emoji.add_argument("--archives", metavar="FOLDER", help="folder with both npm archives (default: fetch with npm)")
+    emoji.add_argument(
+        "--out", required=True, type=Path, metavar="FOLDER", help="where the dataset goes; a rerun resumes it"
+    )
+    emoji.add_argument(
+        "--size", type=whole(1), default=64, metavar="S", help="side of the pictures in pixels (default: %(default)s)"
+    )
+    emoji.add_argument(
+        "--shard-size", type=whole(1), default=1000, metavar="N", help="pictures per shard (default: %(default)s)"
+    )
+    emoji.add_argument(
+        "--archives", type=Path, metavar="FOLDER", help="folder with both npm archives (default: fetch with npm)"
+    )
     emoji.set_defaults(act=_emoji)
     info = actions.add_parser("info", help="say what a dataset holds")
-    info.add_argument("path", help="an image folder, a shard or a folder of shards, or a token set")
+    info.add_argument(
+        "path", type=Path, metavar="PATH", help="an image folder, a shard or a folder of shards, or a token set"
+    )
     info.add_argument("--split", default="train", help="which split to read (default: %(default)s)")
-    info.add_argument("--sheet", metavar="PNG", help="also draw a contact sheet with captions")
+    info.add_argument("--sheet", type=Path, metavar="FILE", help="also draw a contact sheet with captions")
     info.set_defaults(act=_info)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be refused before anything heavy is imported."""
+    if args.action == "emoji":
+        writable_folder("--out", args.out)
+        existing("--archives", args.archives, "folder")
+    else:
+        existing_data("PATH", args.path)
+        writable_file("--sheet", args.sheet, (".png", ".webp", ".jpg"))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,8 +72,6 @@ def _info(args: argparse.Namespace) -> None:
 
     print(describe(args.path, args.split))
     if args.sheet:
-        if not args.sheet.lower().endswith((".png", ".webp", ".jpg")):
-            raise VgenError(f"--sheet must name a .png, .webp or .jpg file, found {args.sheet}")
         if token_file(args.path, args.split):
             raise VgenError("a token set has no pictures: --sheet needs an image folder or shards")
         dataset = open_images(args.path, args.split)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from vgen.cli.arguments import whole, writable_file
+from vgen.errors import VgenError
 
 EPILOG = """examples:
   vgen orders                                             # the table only
@@ -34,21 +38,28 @@ VIDEO_GALLERY = (*GALLERY, "frames-confidence-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--grid", default="1x16x16", help="TxHxW, HxW or N positions (default: %(default)s)")
+    parser.add_argument(
+        "--grid", type=_sizes, metavar="TxHxW", default=(1, 16, 16), help="TxHxW, HxW or N positions (default: 1x16x16)"
+    )
     parser.add_argument(
         "--order", action="append", metavar="NAME[:opt=val,...]", help="an order; repeat for more (default: all)"
     )
-    parser.add_argument("--seed", type=int, help="seed of the orders that have one")
-    parser.add_argument("--out", metavar="PNG", help="draw them side by side into this picture")
-    parser.add_argument("--gif", metavar="GIF", help="animate them, one call at a time")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), metavar="S", help="seed of the orders that have one")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="draw them side by side into this picture")
+    parser.add_argument("--gif", type=Path, metavar="FILE.gif", help="animate them, one call at a time")
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be refused before torch is imported."""
+    writable_file("--out", args.out, (".png", ".webp", ".jpg", ".jpeg"))
+    writable_file("--gif", args.gif, (".gif",))
 
 
 def run(args: argparse.Namespace) -> None:
-    from vgen.errors import VgenError
     from vgen.samplers.types import as_grid
     from vgen.viz.orders import animate, plot_all
 
-    grid = as_grid(_sizes(args.grid))
+    grid = as_grid(args.grid)
     skipped = []
     if args.order:
         orders = [_make(name, grid, args.seed) for name in args.order]
@@ -71,12 +82,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    from vgen.errors import VgenError
-
+    """An argparse type."""
     try:
-        return tuple(int(side) for side in text.lower().split("x"))
+        sizes = tuple(int(side) for side in text.lower().split("x"))
     except ValueError:
-        raise VgenError(f"a grid is written TxHxW, HxW or N, such as 1x16x16; got {text!r}") from None
+        sizes = ()
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"a grid is written TxHxW, HxW or N, such as 1x16x16; got {text!r}")
+    return sizes
 
 
 def _make(name: str, grid: tuple[int, int, int], seed: int | None):

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vgen.cli.arguments import device, existing, existing_data, number, usable_device, whole, writable_file
+from vgen.errors import VgenError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,51 +41,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", default="heldout", help="which split of a dataset (default: heldout, else all there is)"
     )
-    parser.add_argument("--count", type=int, default=0, metavar="N", help="only the first N pictures (default: all)")
-    parser.add_argument("--shown", type=int, default=12, metavar="N", help="pictures on the sheet (default 12)")
     parser.add_argument(
-        "--size", type=int, metavar="S", help="side in pixels (default: the tokenizer's, the dataset's, or 256)"
+        "--count", type=whole(0), default=0, metavar="N", help="only the first N pictures (default, and 0: all)"
+    )
+    parser.add_argument("--shown", type=whole(1), default=12, metavar="N", help="pictures on the sheet (default 12)")
+    parser.add_argument(
+        "--size", type=whole(1), metavar="S", help="side in pixels (default: the tokenizer's, the dataset's, or 256)"
     )
     parser.add_argument(
         "--num-tokens",
-        type=int,
+        type=whole(1),
         nargs="+",
         metavar="K",
         help="keep K tokens; several: a row each (flexible tokenizers)",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="substeps of a generative decoder")
-    parser.add_argument("--guidance", type=float, metavar="S", help="guidance scale of a generative decoder")
+    parser.add_argument("--steps", type=whole(1), metavar="N", help="substeps of a generative decoder")
+    parser.add_argument("--guidance", type=number(), metavar="S", help="guidance scale of a generative decoder")
     parser.add_argument("--lpips-vgg", type=Path, metavar="FILE", help="torchvision's VGG16 weights, for LPIPS")
     parser.add_argument("--lpips-heads", type=Path, metavar="FILE", help="the five heads of LPIPS")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
+    parser.add_argument(
+        "--batch-size", type=whole(1), default=16, metavar="B", help="pictures coded together (default 16)"
+    )
+    parser.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/reconstruction.png"), metavar="FILE", help="the sheet (.png or .webp)"
     )
     parser.add_argument("--json", action="store_true", help="the figures as the last line of stdout")
 
 
+def check(args: argparse.Namespace) -> None:
+    """What can be refused before torch is imported."""
+    existing_data("--input", args.input)
+    existing("--checkpoint-dir", args.checkpoint_dir, "folder")
+    if (args.lpips_vgg is None) != (args.lpips_heads is None):
+        raise VgenError("LPIPS needs both --lpips-vgg and --lpips-heads")
+    existing("--lpips-vgg", args.lpips_vgg, "file")
+    existing("--lpips-heads", args.lpips_heads, "file")
+    writable_file("--out", args.out, (".png", ".webp"))
+
+
 def run(args: argparse.Namespace) -> None:
     """Loads, reconstructs, writes the sheet and prints a line per number of tokens."""
-    import torch
     from tqdm import tqdm
 
-    from vgen.errors import VgenError
     from vgen.eval.reconstruction import cost, joined, picture_side, reconstruct_batches
     from vgen.files import atomic_path
     from vgen.layers.pixels import to_images
     from vgen.viz.sheets import sheet
 
-    if args.out.suffix.lower() not in (".png", ".webp"):
-        raise VgenError(f"--out writes a .png or .webp sheet, got {args.out}")
-    if (args.lpips_vgg is None) != (args.lpips_heads is None):
-        raise VgenError("LPIPS needs both --lpips-vgg and --lpips-heads")
+    device = usable_device(args.device)
     tokenizer = load_tokenizer(args.model, args.checkpoint_dir)
     side = picture_side(tokenizer.spec, args.size, _manifest_size(args.input) or 256)
     pixels = load_pictures(args.input, args.split, side)
     pixels = pixels[: args.count] if args.count else pixels
     lpips = _lpips(args.lpips_vgg, args.lpips_heads) if args.lpips_vgg else None
-    tokenizer.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer.to(device)
 
     shown = min(args.shown, len(pixels))
     images, labels = to_images(pixels[:shown]), ["original"] * shown

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vgen.cli.arguments import device, number, usable_device, whole
 from vgen.errors import VgenError, nearest
 
 if TYPE_CHECKING:
@@ -54,9 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-file", type=Path, metavar="FILE", help="one prompt a line; empty lines and lines with # are skipped"
     )
     what.add_argument(
-        "--class-label", action="append", type=int, metavar="K", help="class number instead of a prompt; repeatable"
+        "--class-label",
+        action="append",
+        type=whole(0),
+        metavar="K",
+        help="class number instead of a prompt; repeatable",
     )
-    what.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures for each prompt (default 1)")
+    what.add_argument(
+        "--num-images", type=whole(1), default=1, metavar="N", help="pictures for each prompt (default 1)"
+    )
     what.add_argument(
         "--model",
         default="emoji",
@@ -79,9 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--order-option", action="append", default=[], metavar="KEY=VALUE", help="an option of the order; repeatable"
     )
-    how.add_argument("--steps", type=int, metavar="N", help="forward passes, for orders whose number of steps is free")
     how.add_argument(
-        "--guidance-scale", type=float, metavar="S", help="classifier-free guidance; 1 is none (default: the model's)"
+        "--steps", type=whole(1), metavar="N", help="forward passes, for orders whose number of steps is free"
+    )
+    how.add_argument(
+        "--guidance-scale",
+        type=number(),
+        metavar="S",
+        help="classifier-free guidance; 1 is none (default: the model's)",
     )
     how.add_argument(
         "--guidance-schedule",
@@ -89,20 +101,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="constant, linear, cosine, power-cosine, step-linear, … (docs/architecture.md)",
     )
     how.add_argument(
-        "--temperature", type=float, metavar="T", help="0 always takes the likeliest token (default: the model's)"
+        "--temperature", type=number(0), metavar="T", help="0 always takes the likeliest token (default: the model's)"
     )
-    how.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all")
-    how.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to probability P; 1: all")
+    how.add_argument("--top-k", type=whole(0), metavar="K", help="keep the K likeliest tokens; 0: all")
+    how.add_argument(
+        "--top-p",
+        type=number(0, 1, above=True),
+        metavar="P",
+        help="keep the likeliest tokens up to probability P; 1: all",
+    )
     how.add_argument(
         "--substeps",
         metavar="N",
         help="continuous tokens: steps of the diffusion (100, ddim50, …) or of the flow (50) behind every token",
     )
-    for name, kind in (("steps", int), ("guidance-scale", float), ("substeps", str)):
+    for name, kind in (("steps", whole(1)), ("guidance-scale", number()), ("substeps", str)):
         how.add_argument(
             f"--low-{name}", type=kind, metavar="N", help=f"--{name} of the small picture that Hi-MAR makes first"
         )
-    how.add_argument("--seed", type=int, default=0, help="0 to 4294967295 (default 0)")
+    how.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="0 to 4294967295 (default 0)")
     paint = parser.add_argument_group("in- and outpainting")
     paint.add_argument("--init-image", type=Path, metavar="FILE", help="the picture to start from")
     paint.add_argument(
@@ -110,9 +127,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--batch-size", type=int, default=16, metavar="B", help="pictures decoded together (default 16)"
+        "--batch-size", type=whole(1), default=16, metavar="B", help="pictures decoded together (default 16)"
     )
-    machine.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best there is)")
+    machine.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda, mps (default: the best there is)")
     machine.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default float32)"
     )
@@ -231,7 +248,7 @@ def load_pipeline(
     from vgen.pipelines.visual import SHIPPED, VisualPipeline
 
     disable_progress_bar()  # loading takes a second; its bar would only hide our own lines
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = usable_device(device)
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -256,14 +273,9 @@ def load_pipeline(
             f"there is no model {model!r}{nearest(model, [*SHIPPED, *names(kind='generator')])}; --model takes a shipped model "
             f"({', '.join(SHIPPED)}), a published one ({', '.join(names(kind='generator'))}) or a pipeline folder"
         )
-    try:
-        for part in (pipe.tokenizer, pipe.model):  # weights may be stored in half precision
-            torch.nn.Module.to(part, device, getattr(torch, dtype))  # diffusers' own `to` warns about nothing here
-        return pipe
-    except (RuntimeError, AssertionError) as error:
-        raise VgenError(
-            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from None
+    for part in (pipe.tokenizer, pipe.model):  # weights may be stored in half precision
+        torch.nn.Module.to(part, device, getattr(torch, dtype))  # diffusers' own `to` warns about nothing here
+    return pipe
 
 
 def _prompts(args: argparse.Namespace) -> list[str] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vgen.cli.arguments import device, existing_data, number, usable_device, whole, writable_folder
+
 EPILOG = """examples:
   vgen tokenize --model runs/emoji/tokenizer/model --data data/emoji --out runs/tokens/emoji
   vgen tokenize --model … --data … --out … --flips               add mirror images of the training pictures
@@ -27,18 +29,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="PATH", type=Path, help="image folder or shards")
     parser.add_argument("--out", required=True, metavar="FOLDER", type=Path, help="where the token sets go")
     parser.add_argument(
-        "--size", type=int, help="side of the pictures in pixels (default: from the dataset's manifest)"
+        "--size",
+        type=whole(1),
+        metavar="S",
+        help="side of the pictures in pixels (default: from the dataset's manifest)",
     )
     parser.add_argument("--flips", action="store_true", help="add mirror images of the training pictures")
     parser.add_argument(
-        "--variants", type=int, default=0, metavar="N", help="add N random crops of every training picture"
+        "--variants", type=whole(0), default=0, metavar="N", help="add N random crops of every training picture"
     )
     parser.add_argument(
-        "--min-scale", type=float, default=0.8, metavar="S", help="smallest crop, as a share of a side (default 0.8)"
+        "--min-scale",
+        type=number(0, 1, above=True),
+        default=0.8,
+        metavar="S",
+        help="smallest crop, as a share of a side (default 0.8)",
     )
     parser.add_argument(
         "--ten-crop",
-        type=float,
+        type=number(1, above=True),
         nargs="?",
         const=1.1,
         default=0.0,
@@ -48,32 +57,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--low-res",
-        type=int,
+        type=whole(1),
         default=0,
         metavar="PIXELS",
         help="continuous tokenizers: add the latents of the same pictures at this size, which Hi-MAR starts from",
     )
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch decides)")
+    parser.add_argument(
+        "--batch-size", type=whole(1), default=32, metavar="B", help="pictures coded together (default 32)"
+    )
+    parser.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
+    parser.add_argument("--threads", type=whole(0), default=0, metavar="N", help="CPU threads (default: torch decides)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be refused before torch is imported."""
+    existing_data("--data", args.data)
+    writable_folder("--out", args.out)
 
 
 def run(args: argparse.Namespace) -> None:
     """Caches every split and prints code usage and round-trip PSNR."""
     import torch
 
-    from vgen.errors import VgenError
     from vgen.train.caching import cache_tokens
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise VgenError(
-            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from error
     cache_tokens(
         args.model,
         args.data,
@@ -85,5 +94,5 @@ def run(args: argparse.Namespace) -> None:
         ten_crop=args.ten_crop,
         low_res=args.low_res,
         batch_size=args.batch_size,
-        device=device,
+        device=usable_device(args.device),
     )

@@ -20,7 +20,9 @@ Ctrl-C finishes the step, saves and stops; the same command continues with bit-i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vgen train`."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/emoji/tokenizer.yaml")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace those of the file")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace those of the file"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved config and parameter counts"
     )
