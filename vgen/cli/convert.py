@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vgen.cli.arguments import existing, writable_folder
 from vgen.errors import VgenError
-from vgen.files import check_folder
+from vgen.files import atomic_folder, check_folder
 
 EPILOG = """examples:
   vgen convert llamagen-vq16 --out checkpoints/llamagen-vq16            a tokenizer, for `vgen tokenize` and training
