@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vgen.errors import VgenError
-from vgen.eval.reconstruction import reconstruct_batches
+from vgen.eval.reconstruction import joined, reconstruct_batches
 from vgen.layers.pixels import to_pixels
 from vgen.pipelines.visual import VisualPipeline
 from vgen.tokenizers_vis.registry import SHIPPED, find_tokenizer, shipped_tokenizer
@@ -21,6 +21,20 @@ def test_there_and_back(name, pixels):
     (result,) = reconstruct_batches(shipped_tokenizer(name), pixels)
     # Far above what a grey picture or another emoji gets (about 10 dB).
     assert result.means()["psnr"] > 18
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_picture_comes_back_the_same_in_any_batch(name):
+    torch.manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(16, 3, 9, 9), (64, 64), mode="bicubic").clamp(0, 1) * 2 - 1
+    tokenizer = shipped_tokenizer(name)
+
+    def back(batch_size):
+        return joined(list(reconstruct_batches(tokenizer, smooth, batch_size=batch_size))).reconstruction
+
+    alone = back(1)
+    for batch_size in (2, 3, 5, 16):
+        assert torch.equal(back(batch_size), alone)
 
 
 def test_a_name_is_as_good_as_a_folder():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vgen.errors import VgenError
 from vgen.samplers.types import grid_size
-from vgen.tokenizers_vis.base import TokenSpec, to_uint8
+from vgen.tokenizers_vis.base import TokenSpec, decode_each, encode_each, to_uint8
 from vgen.train.metrics import psnr, ssim
 
 PIXEL_BITS = 24  # an RGB pixel of 8 bits a channel
@@ -89,8 +89,8 @@ def reconstruct_batches(
 ) -> Iterator[Reconstruction]:
     """Codes and decodes pictures [M, 3, H, W] in [-1, 1], a batch at a time.
 
-    num_tokens: keep so many of the tokens (tokenizers of flexible length only); steps, guidance: of generative decoders; they
-    start from the same noise for the same picture of a batch. Raises VgenError for options that the tokenizer does not have.
+    num_tokens: keep so many of the tokens (tokenizers of flexible length only); steps, guidance: of generative decoders, which
+    start from noise that belongs to the picture. A picture comes back the same whatever the batch size (`decode_each`). Raises VgenError for options that the tokenizer does not have.
     """
     grid = tokenizer.spec.grid(*pixels.shape[-2:])
     full = grid_size(grid)
@@ -101,11 +101,10 @@ def reconstruct_batches(
     options: dict[str, Any] = {"steps": steps, "guidance": guidance}
     for start in range(0, len(pixels), batch_size):
         part = pixels[start : start + batch_size].to(tokenizer.device, tokenizer.dtype)
-        tokens = tokenizer.encode(part)
-        if num_tokens is not None and num_tokens < full:
-            made = tokenizer.decode(tokens[:, :num_tokens], **options)
-        else:
-            made = tokenizer.decode(tokens, grid, **options)
+        tokens = encode_each(tokenizer, part)
+        kept, shape = (tokens, grid) if num_tokens in (None, full) else (tokens[:, :num_tokens], None)
+        samples = torch.arange(start, start + len(part))
+        made = decode_each(tokenizer, kept, shape, samples=samples, **options)
         part, made = part.float().cpu(), made.float().cpu().clamp(-1, 1)
         real, copy = to_uint8(part), to_uint8(made)
         figures = {"psnr": psnr(real, copy), "ssim": ssim(real, copy)}

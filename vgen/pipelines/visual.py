@@ -25,6 +25,7 @@ from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import LARGEST, PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order, Step, grid_size
+from vgen.tokenizers_vis.base import decode_each
 from vgen.tokenizers_vis.registry import TOKENIZERS
 from vgen.values import real, several, shown, string, whole
 
@@ -296,7 +297,7 @@ class VisualPipeline(DiffusionPipeline):
         for step, _ in decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples)):
             if callback is not None:
                 callback(step, canvas)
-        images = self.decode_tokens(canvas.values, condition)
+        images = self.decode_tokens(canvas.values, condition, samples=samples, seed=seed)
         return Batch(samples.tolist(), images, canvas.values, condition, state.counters)
 
     def check_settings(self) -> None:
@@ -341,14 +342,27 @@ class VisualPipeline(DiffusionPipeline):
         return self.model.over_levels(made, _first(low_steps, self.config.low_steps), seed)
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: Tensor, condition: Condition | None = None, level: int = -1) -> list[Image.Image]:
+    def decode_tokens(
+        self,
+        tokens: Tensor,
+        condition: Condition | None = None,
+        level: int = -1,
+        *,
+        samples: Tensor | None = None,
+        seed: int = 0,
+    ) -> list[Image.Image]:
         """[B, N] codes or [B, N, C] latents of all levels -> B images. condition: what they were made for; text-aware decoders read it.
 
-        level: which one is shown where there are several: -1 the picture, 0 the small one that was made first.
+        level: which one is shown where there are several: -1 the picture, 0 the small one that was made first. samples, seed: of
+        the pictures, for decoders that start from noise (None: 0 to B - 1).
         """
         caption = None if condition is None else condition.extras.get("decoder_text")
         values = tokens if len(self.grids) == 1 else Canvas(self.grids, tokens).part(level).values
-        return to_images(self.tokenizer.decode(values.to(self.device), grid=self.grids[level], condition=caption))
+        samples = torch.arange(len(tokens)) if samples is None else samples
+        pixels = decode_each(
+            self.tokenizer, values.to(self.device), self.grids[level], samples=samples, seed=seed, condition=caption
+        )
+        return to_images(pixels)
 
     def _guidance(self, scale: float | None, schedule: str | None, low_scale: float | None) -> Guidance:
         config = self.config
