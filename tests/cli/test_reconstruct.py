@@ -74,7 +74,7 @@ def test_bad_input_is_one_sentence(folder, vq, tmp_path, capsys):
         (["--num-tokens", "0"], "at least 1"),
         (["--steps", "3"], "takes no steps"),
         (["--model", "emoji-vk"], "did you mean 'emoji-vq'"),
-        (["--input", str(tmp_path / "text.png")], "not a readable picture"),
+        (["--input", str(tmp_path / "text.png")], "not an image that can be read"),
         (["--input", str(tmp_path / "nowhere")], "nowhere"),
         (["--out", str(tmp_path / "s.txt")], ".png or .webp"),
         (["--lpips-vgg", "a.pt"], "both --lpips-vgg and --lpips-heads"),

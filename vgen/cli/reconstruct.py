@@ -154,15 +154,11 @@ def load_pictures(path: Path, split: str, side: int) -> Tensor:
     import torch
 
     from vgen.data.dataset import open_images
-    from vgen.data.images import BadFile, decode_image, view
+    from vgen.data.images import read_image, view
     from vgen.data.sources import splits_of
-    from vgen.errors import VgenError
 
     if path.is_file() and path.suffix != ".tar":
-        try:
-            return view(decode_image(path.read_bytes()), side, None, None)[None]
-        except BadFile as error:
-            raise VgenError(f"{path} is {error}; give a picture, a folder of pictures, or shards") from None
+        return view(read_image(path), side, None, None)[None]
     known = splits_of(path)
     dataset = open_images(path, split if split in known else known[0], side)
     return torch.stack([item["image"] for item in dataset.readable()])

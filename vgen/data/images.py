@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from vgen.data.text import BadFile
-from vgen.layers.pixels import to_rgb
+from vgen.errors import VgenError
+from vgen.layers.pictures import Picture, open_picture
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,17 @@ class Augment:
     min_scale: float = 0.8
 
 
+def read_image(source: Picture) -> Tensor:
+    """Any picture (`vgen.layers.pictures`) -> uint8 `[3, H, W]`. Raises VgenError."""
+    return F.pil_to_tensor(open_picture(source))
+
+
 def decode_image(contents: bytes) -> Tensor:
-    """The first frame of any picture Pillow reads, upright, on white -> uint8 `[3, H, W]`. Raises BadFile."""
+    """`read_image` of the bytes of a dataset's file. Raises BadFile."""
     try:
-        with Image.open(io.BytesIO(contents)) as image:
-            return F.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
-    except Exception as error:  # decoders raise everything from SyntaxError to struct.error at broken files
-        raise BadFile(f"not a readable picture ({error})") from error
+        return read_image(contents)
+    except VgenError as error:
+        raise BadFile(str(error)) from error
 
 
 def shrink(image: Tensor, size: int, augment: Augment | None) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vgen.layers.pictures import to_rgb
+
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """[B, 3, H, W] in [-1, 1] -> B RGB images; values outside are clipped, rounded to the nearest of 256 levels."""
@@ -15,7 +17,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An image -> [3, H, W] in [-1, 1]; transparency is laid on white."""
+    """An image -> [3, H, W] in [-1, 1]; upright, transparency is laid on white."""
     array = np.asarray(to_rgb(image), dtype=np.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
 
@@ -31,24 +33,3 @@ def centre_square(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit RGB: transparency is laid on white, 16-bit and float grey are scaled (Pillow's convert would clip them)."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
-    if {"A", "a"} & set(image.getbands()) or "transparency" in image.info:
-        image = image.convert("RGBA")
-        page = Image.new("RGBA", image.size, "white")
-        page.alpha_composite(image)
-        image = page
-    return image.convert("RGB")
-
-
-def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
-    """16-bit grey ("I;16…", and "I" as 16-bit files are opened) and float grey to 8 bits."""
-    if mode == "F":
-        values = values * (255.0 if np.nanmax(values) <= 1 else 1.0)
-    else:
-        values = values / 257.0
-    return np.nan_to_num(values).round().clip(0, 255).astype(np.uint8)

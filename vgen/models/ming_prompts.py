@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from vgen.errors import VgenError
-from vgen.layers.pixels import centre_square, to_pixels, to_rgb
+from vgen.layers.pictures import Picture, open_picture
+from vgen.layers.pixels import centre_square, to_pixels
 from vgen.models.ming_guidance import NULL, prompt_masks
 from vgen.samplers.types import Condition
 
@@ -153,9 +154,9 @@ def loaded_size(height: int, width: int) -> tuple[int, int]:
     return tuple(whole(side / shrink / FACTOR) * FACTOR for side in (height, width))
 
 
-def load_picture(image: Image.Image) -> Image.Image:
+def load_picture(image: Picture) -> Image.Image:
     """What the release's loader makes of any input picture, whatever it is for: a 512 x 512 file becomes 504 x 504."""
-    image = to_rgb(image)
+    image = open_picture(image)
     height, width = loaded_size(image.height, image.width)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 

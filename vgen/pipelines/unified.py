@@ -1,4 +1,4 @@
-"""Models that read and make pictures in one dialogue (Ming-UniVision), for PIL images and text."""
+"""Models that read and make pictures in one dialogue (Ming-UniVision), for pictures and text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from vgen.errors import VgenError
+from vgen.layers.pictures import Picture as AnyPicture
+from vgen.layers.pictures import open_picture
 from vgen.layers.pixels import to_images
 from vgen.models.ming_dialogue import LIMIT, Context, Picture, Settings, Word, answer
 from vgen.models.ming_prompts import (
@@ -29,7 +31,7 @@ from vgen.samplers.guidance import TextImageGuidance
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.types import Canvas, Step
 
-Said = str | Image.Image | Reply  # what a turn of the user is made of
+Said = AnyPicture | Reply  # what a turn of the user is made of; a str is text, so a picture's file is a Path
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class UnifiedPipeline:
 
     def edit(
         self,
-        image: Image.Image,
+        image: AnyPicture,
         instruction: str,
         *,
         region_first: bool = False,
@@ -129,6 +131,7 @@ class UnifiedPipeline:
         dialogue = self.dialogue(seed, callback=callback)
         if not instruction.strip():
             raise VgenError("a prompt needs text: say what to change")
+        image = open_picture(image)
         if region_first:
             dialogue.say(image, FIND_REGION.format(instruction=instruction), picture=True)
             turn = dialogue.say(instruction, picture=True)
@@ -138,9 +141,9 @@ class UnifiedPipeline:
             turn = dialogue.say(REFINE, picture=True)
         return turn.images[0]
 
-    def ask(self, image: Image.Image, question: str, *, limit: int = LIMIT, seed: int = 0) -> str:
+    def ask(self, image: AnyPicture, question: str, *, limit: int = LIMIT, seed: int = 0) -> str:
         """What the model says to a question about a picture, in at most `limit` words of its vocabulary."""
-        return self.dialogue(seed).say(image, question, limit=limit).text
+        return self.dialogue(seed).say(open_picture(image), question, limit=limit).text
 
     def _settings(self, seed: int, keep_masks: bool, callback: Callable[[Step, Canvas], None] | None) -> Settings:
         changes: dict[str, Any] = {} if callback is None else {"callback": callback}
@@ -182,8 +185,6 @@ class Dialogue:
     def _prepared(self, content: Said, editing: bool) -> str | Reply | Tensor:
         if isinstance(content, (str, Reply)):
             return content
-        if not isinstance(content, Image.Image):
-            raise VgenError(f"a turn is made of text, PIL images and Reply, got a {type(content).__name__}")
         if editing:
             return for_editing(load_picture(content), self.model.vision.config.image_size)
         return for_understanding(load_picture(content), self.model.config.understanding_size)
