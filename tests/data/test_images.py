@@ -223,7 +223,7 @@ def test_shards_random_access_labels_captions(tmp_path):
     assert splits_of(tmp_path) == ("train", "heldout") and len(open_images(tmp_path, "heldout")) == 1
     assert len(open_images(tmp_path / "train-00001.tar")) == 3
     assert len(open_images(str(tmp_path / "train-*.tar"))) == 8
-    with pytest.raises(VgenError, match=r"no shards of split 'tset': found train, heldout"):
+    with pytest.raises(VgenError, match=r"has no split 'tset': found train, heldout"):
         open_images(tmp_path, "tset")
 
 

@@ -10,7 +10,7 @@ from vgen.cli.arguments import existing, existing_data, whole, writable_file, wr
 EPILOG = """examples:
   vgen data emoji --out data/emoji --size 64
   vgen data emoji --out data/emoji --archives ~/Downloads     # archives made by `npm pack` elsewhere
-  vgen data info data/emoji --sheet sheet.png
+  vgen data info data/emoji --sheet sheet.png                 # what is found, used and skipped in every split
 """
 
 
@@ -32,9 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     emoji.set_defaults(act=_emoji)
     info = actions.add_parser("info", help="say what a dataset holds")
     info.add_argument(
-        "path", type=Path, metavar="PATH", help="an image folder, a shard or a folder of shards, or a token set"
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="an image folder, shards (a folder, a file, 'd/*.tar', 'd/train-{000..009}.tar'), or a token set",
     )
-    info.add_argument("--split", default="train", help="which split to read (default: %(default)s)")
+    info.add_argument("--split", help="classes and captions of this split (default: of every split)")
+    info.add_argument(
+        "--held-out",
+        metavar="SHARE|N",
+        help="show the split that training would hold out of data without one: 5%% or a number of pictures",
+    )
     info.add_argument("--sheet", type=Path, metavar="FILE", help="also draw a contact sheet with captions")
     info.set_defaults(act=_info)
 
@@ -68,13 +76,16 @@ def _emoji(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     from vgen.data.dataset import open_images
     from vgen.data.info import contact_sheet, describe, token_file
+    from vgen.data.sources import splits_of
     from vgen.errors import VgenError
 
-    print(describe(args.path, args.split))
     if args.sheet:
-        if token_file(args.path, args.split):
+        if token_file(args.path, args.split or "train"):
             raise VgenError("a token set has no pictures: --sheet needs an image folder or shards")
-        dataset = open_images(args.path, args.split)
+    print(describe(args.path, args.split, held_out=args.held_out))
+    if args.sheet:
+        split = args.split or splits_of(args.path, args.held_out)[0]
+        dataset = open_images(args.path, split, held_out=args.held_out)
         shown = contact_sheet(dataset, args.sheet)
         dataset.report_bad_files()
         print(f"{args.sheet}: {shown} pictures")

@@ -6,14 +6,15 @@ sidecar `NAME.txt`, else `NAME.json` (its field caption or text). Aesthetic scor
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from tqdm import tqdm
+
 from vgen.data.samples import File, Sample, Tally
 from vgen.data.splits import Layout
-from vgen.data.tables import Table, read_tables
+from vgen.data.tables import Table, read_tables, tidy
 from vgen.data.text import BadFile, aesthetic_in, caption_in, read_record, read_text, whole_text
 from vgen.data.tree import OTHER_PICTURES, files_below, is_picture
 from vgen.errors import VgenError
@@ -33,11 +34,14 @@ def read_folders(where: Layout) -> tuple[dict[str, list[Sample]], dict[str, Tall
         loose = sum(map(is_picture, beside))
         notes += [f"pictures beside the split folders are not read: {loose}"] if loose else []
     tables, more = read_tables(where.root, everything)
-    pictures = [name for name in everything if is_picture(name)]
+    pictures = [tidy(name) for name in everything if is_picture(name)]
     for table in tables:
-        if not any(table.caption(name) is not None for name in pictures):
-            example = f": expected paths like {PurePosixPath(pictures[0]).relative_to('.')}" if pictures else ""
+        named = table.names(pictures)
+        if table.captions and not named:
+            example = f": expected paths from there, like {_seen_from(table, pictures[0])}" if pictures else ""
             raise VgenError(f"{where.root / table.name} names no picture of its folder{example}")
+        if len(named) < len(table.captions):
+            more.append(f"{table.name} names {len(table.captions) - len(named)} pictures that are not there")
     samples = {
         split: _samples(where, folder, names[split], tables, tallies[split]) for split, folder in folders.items()
     }
@@ -55,12 +59,13 @@ def _samples(where: Layout, folder: Path, names: Sequence[str], tables: Sequence
     parts &= {name.split("/")[0] for name in pictures}
     if parts:
         tally.notes.append(f"{len(parts)} folders of img2dataset, such as {min(parts)}/, are no classes")
-    from_root = dict(zip(pictures, _from_root(where.root, folder, pictures)))
-    used = [table for table in tables if any(table.caption(name) is not None for name in from_root.values())]
+    from_root = dict(zip(pictures, map(tidy, _from_root(where.root, folder, pictures))))
+    used = [table for table in tables if table.names(from_root.values())]
     sidecars = {_lower_suffix(name): name for name in names if name.lower().endswith((".txt", ".json"))}
     stems = Counter(_stem(name) for name in pictures)
     samples = []
-    for name in pictures:
+    # A bar for those who wait: a million sidecars on a slow disk take minutes.
+    for name in tqdm(pictures, desc="reading captions", unit="picture", delay=2, leave=False):
         stem = _stem(name)
         try:
             record = _record(folder, sidecars.get(f"{stem}.json"))
@@ -102,6 +107,11 @@ def _from_root(root: Path, folder: Path, names: Sequence[str]) -> list[str]:
     """Paths from the root of the data instead of from the folder of a split."""
     prefix = "" if folder == root else f"{folder.name}/"
     return [prefix + name for name in names]
+
+
+def _seen_from(table: Table, picture: str) -> str:
+    folder = table.name.rpartition("/")[0]
+    return picture.removeprefix(f"{folder}/") if folder else picture
 
 
 def _stem(name: str) -> str:

@@ -28,12 +28,12 @@ def choose(keys: Sequence[str], held_out: str | int) -> set[int]:
     amount, is_share = _amount(held_out)
     hashes = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") for key in keys]
     order = sorted(range(len(keys)), key=lambda index: (hashes[index], keys[index]))
-    count = sum(value < amount / 100 * 2**64 for value in hashes) if is_share else int(amount)
-    if is_share:
-        count = min(max(count, 1), len(keys) - 1)
-    if not 0 < count < len(keys):
+    count = max(1, sum(value < amount / 100 * 2**64 for value in hashes)) if is_share else int(amount)
+    if is_share and count >= len(keys) > 1:
+        count = len(keys) - 1
+    if count >= len(keys):
         raise VgenError(
-            f"held_out={held_out} of {len(keys)} pictures leaves none to train on: expected at least {int(count) + 1} pictures"
+            f"holding out {held_out} of {len(keys)} pictures leaves none to train on: expected at least {count + 1} pictures"
         )
     return set(order[:count])
 

@@ -5,39 +5,50 @@ from __future__ import annotations
 import json
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as F
 
-from vgen.data.dataset import ImageDataset, open_images
-from vgen.data.sources import splits_of
+from vgen.data.dataset import ImageDataset
+from vgen.data.sources import open_data
+from vgen.data.splits import find_split
 from vgen.data.tokens import TokenDataset
 from vgen.errors import VgenError
 from vgen.files import atomic_path
 
 
-def describe(path: str | Path, split: str = "train", examples: int = 8) -> str:
-    """Lines of text: kind, counts, classes, some captions; raises VgenError when `path` is no dataset."""
-    path = token_file(path, split) or path
-    if Path(path).suffix == ".safetensors":
-        dataset = TokenDataset(path)
-        count, variants = len(dataset), dataset.variants
-        lines = [
-            f"samples: {count}" + (f" with {variants} variants each" if variants > 1 else ""),
-            f"tokens: grid {'x'.join(map(str, dataset.grid))}, {_values(dataset)}, tokenizer {dataset.tokenizer}",
-        ]
-    else:
-        dataset = open_images(path, split)
-        counts = {name: len(dataset if name == split else open_images(path, name)) for name in splits_of(path)}
-        lines = [
-            f"samples: {sum(counts.values())} ({', '.join(f'{count} {name}' for name, count in counts.items())})",
-            *_manifest_lines(Path(path)),
-            f"of split {split}:",
-        ]
-    lines.insert(0, f"{path}: {dataset.kind}")
-    return "\n".join([*lines, *_class_lines(dataset), *_caption_lines(dataset.captions, examples)])
+def describe(path: str | Path, split: str | None = None, examples: int = 8, held_out: str | int | None = None) -> str:
+    """Lines of text: what was found, used and skipped in every split; then classes and captions of one, or of each (None).
+
+    Raises VgenError when `path` is no dataset, or has no such split.
+    """
+    file = token_file(path, split or "train")
+    if file:
+        return _describe_tokens(file, examples)
+    data = open_data(path, held_out)
+    lines = [str(data.report), *_manifest_lines(Path(path))]
+    for name in data.splits if split is None else [find_split(split, data.splits, path)]:
+        source = data.source(name)
+        captions = [sample.caption for sample in source.samples]
+        lines += [f"{name}:", *(f"  {line}" for line in _class_lines(source.labels, source.class_names))]
+        lines += [f"  {line}" for line in _caption_lines(captions, examples)]
+    return "\n".join(lines)
+
+
+def _describe_tokens(file: Path, examples: int) -> str:
+    dataset = TokenDataset(file)
+    count, variants = len(dataset), dataset.variants
+    lines = [
+        f"{file}: {dataset.kind}",
+        f"samples: {count}" + (f" with {variants} variants each" if variants > 1 else ""),
+        f"tokens: grid {'x'.join(map(str, dataset.grid))}, {_values(dataset)}, tokenizer {dataset.tokenizer}",
+        *_class_lines(dataset.labels, dataset.class_names),
+        *_caption_lines(dataset.captions, examples),
+    ]
+    return "\n".join(lines)
 
 
 def token_file(path: str | Path, split: str) -> Path | None:
@@ -76,13 +87,13 @@ def _values(dataset: TokenDataset) -> str:
     return f"{dataset.spec.channels} floats each (standard deviation {dataset.tokens.float().std():.2f}){smaller}"
 
 
-def _class_lines(dataset: ImageDataset | TokenDataset) -> list[str]:
-    counts = Counter(label for label in dataset.labels if label >= 0)
+def _class_lines(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
+    counts = Counter(label for label in labels if label >= 0)
     if not counts:
         return ["classes: none"]
-    names = dict(enumerate(dataset.class_names))
+    names = dict(enumerate(class_names))
     largest = ", ".join(f"{names.get(label, label)} ({count})" for label, count in counts.most_common(8))
-    return [f"classes: {len(dataset.class_names) or len(counts)}, the largest: {largest}"]
+    return [f"classes: {len(counts)} of {len(class_names) or len(counts)}, the largest: {largest}"]
 
 
 def _caption_lines(captions: list[str], examples: int) -> list[str]:

@@ -26,7 +26,9 @@ class SplitContents:
 
     def lines(self) -> list[str]:
         """One line of figures, and one for every kind of trouble."""
-        labels = f"{self.labelled} labelled ({_count(self.classes, 'class', 'classes')})" if self.labelled else "no labels"
+        labels = (
+            f"{self.labelled} labelled ({_count(self.classes, 'class', 'classes')})" if self.labelled else "no labels"
+        )
         source = f" from {self.captions_from}" if self.captions_from else ""
         captions = f"{_count(self.captioned, 'caption')}{source}" if self.captioned else "no captions"
         return [
@@ -51,7 +53,9 @@ class DataReport:
     def __str__(self) -> str:
         count = sum(split.used for split in self.splits)
         classes = f", {_count(self.classes, 'class', 'classes')} (from {self.classes_from})" if self.classes else ""
-        lines = [f"{self.path}: {self.kind}, {_count(count, 'picture')} in {_count(len(self.splits), 'split')}{classes}"]
+        lines = [
+            f"{self.path}: {self.kind}, {_count(count, 'picture')} in {_count(len(self.splits), 'split')}{classes}"
+        ]
         lines += [f"  {note}" for note in self.notes]
         return "\n".join([*lines, *(f"  {line}" for split in self.splits for line in split.lines())])
 

@@ -20,6 +20,7 @@ from vgen.data.tree import JUNK
 from vgen.errors import VgenError
 from vgen.files import atomic_path
 
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """The bytes of one member inside a shard."""

@@ -6,7 +6,7 @@ Nothing is decoded here and no file stays open, so sources can be sent to DataLo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -85,8 +85,12 @@ def open_data(path: str | Path, held_out: str | int | None = None) -> Collection
     if made:
         sources, tallies = _divided(sources, tallies, held_out)
         share = HELD_OUT if held_out == AUTO else held_out
-        notes = [*notes, f"no split {HELD_OUT_SPLIT} in the data: {share} of the pictures are held out, chosen by their keys"]
+        notes = [
+            *notes,
+            f"no split {HELD_OUT_SPLIT} in the data: {share} of the pictures are held out, chosen by their keys",
+        ]
     sources = {split: sources[split] for split in splits}
+    _note_unknown_classes(sources, tallies)
     report = DataReport(
         path=str(path),
         kind=where.kind,
@@ -137,7 +141,8 @@ def _divided(
     rest = [index for index in range(len(whole.keys)) if index not in chosen]
     train, made = whole.part(rest), whole.part(sorted(chosen))
     apart = Tally(found=len(made.keys), captions_from=tallies["train"].captions_from)
-    return {**sources, "train": train, HELD_OUT_SPLIT: made}, {**tallies, HELD_OUT_SPLIT: apart}
+    left = replace(tallies["train"], found=tallies["train"].found - len(made.keys))
+    return {**sources, "train": train, HELD_OUT_SPLIT: made}, {**tallies, "train": left, HELD_OUT_SPLIT: apart}
 
 
 def _numbering(where: Layout, samples: Mapping[str, Sequence[Sample]]) -> Numbering:
@@ -160,6 +165,16 @@ def _refuse_empty(where: Layout, samples: Mapping[str, Sequence[Sample]], tallie
         if where.kind != FOLDER:
             wanted = "members like KEY.png with KEY.txt and KEY.cls"
         raise VgenError(f"{place} holds no pictures: expected {wanted}{f' ({skipped})' if skipped else ''}")
+
+
+def _note_unknown_classes(sources: Mapping[str, Source], tallies: Mapping[str, Tally]) -> None:
+    """Notes classes of other splits that training never sees."""
+    trained = set(sources["train"].labels) if "train" in sources else set()
+    for split, source in sources.items():
+        unknown = set(source.labels) - trained - {-1}
+        if trained - {-1} and unknown:
+            names = ", ".join(source.class_names[label] for label in sorted(unknown)[:5])
+            tallies[split].notes.append(f"{len(unknown)} of its classes have no picture in train: {names}")
 
 
 def _contents(split: str, source: Source, tally: Tally) -> SplitContents:

@@ -56,9 +56,13 @@ def layout(path: str | Path) -> Layout:
         return _of_shards(path, place, shards, _beside(place)) if shards else _of_folder(path, place)
     shards = [place] if place.suffix == ".tar" and place.is_file() else _matching(str(path))
     if shards:
-        return _of_shards(path, shards[0].parent, shards, ())
+        others = len(set(_shards_in(shards[0].parent)) - set(shards))
+        notes = [f"{others} more shards beside these are not read, nor are their classes counted"] if others else []
+        return _of_shards(path, shards[0].parent, shards, notes)
     if not place.exists():
-        raise VgenError(f"{path} does not exist: expected an image folder or WebDataset shards (.tar)")
+        raise VgenError(
+            f"{path} does not exist: expected an image folder or WebDataset shards (`vgen data emoji --out data/emoji` builds some)"
+        )
     raise VgenError(f"{path} is neither a folder nor a .tar shard: expected an image folder or WebDataset shards")
 
 
@@ -83,7 +87,9 @@ def split_word(name: str, whole: bool) -> str | None:
         return re.sub("[-_]", "", match[1]) if match else None
     words = {re.sub("[-_]", "", word) for word in _IN_NAME.findall(name)}
     if len(words) > 1:
-        raise VgenError(f"the shard {name} names {' and '.join(sorted(words))}: rename it, so that it belongs to one split")
+        raise VgenError(
+            f"the shard {name} names {' and '.join(sorted(words))}: rename it, so that it belongs to one split"
+        )
     return next(iter(words), None)
 
 
@@ -107,14 +113,18 @@ def _of_folder(path: str | Path, root: Path) -> Layout:
     if not folders:
         within = next((child for child in subfolders(root) if len(_split_folders(child)[0]) > 1), None)
         if within is not None:
-            raise VgenError(f"{root} holds the splits in {within.name}/: give {within} instead")
+            raise VgenError(
+                f"{root} has split folders inside {within.name}/: give {within}, or put the split folders at the top"
+            )
         return Layout(str(path), FOLDER, root, {"train": [root]}, False, manifest, _ignored(root))
     notes = [*_ignored(root), *(f"{stray.name}/ is no split and is not read" for stray in strays)]
     shards = {split: _shards_in(folder) for split, folder in folders.items()}
     if any(shards.values()):
         empty = [folders[split].name for split, found in shards.items() if not found]
         if empty:
-            raise VgenError(f"{root}: some split folders hold shards, and {', '.join(empty)} none: give one kind of data")
+            raise VgenError(
+                f"{root}: some split folders hold shards, and {', '.join(empty)} none: give one kind of data"
+            )
         return Layout(str(path), SHARDS, root, shards, True, manifest, tuple(notes))
     parts = {split: [folder] for split, folder in folders.items()}
     return Layout(str(path), FOLDER, root, parts, True, manifest, tuple(notes))
@@ -133,7 +143,9 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[Path]]:
         if split is None:
             strays.append(folder)
         elif split in folders:
-            raise VgenError(f"{root}: {folders[split].name}/ and {folder.name}/ are both split {split}: rename or merge them")
+            raise VgenError(
+                f"{root}: {folders[split].name}/ and {folder.name}/ are both split {split}: rename or merge them"
+            )
         else:
             folders[split] = folder
     beside = [stray for stray in strays if holds_pictures(stray)] if len(folders) == 1 else []
@@ -154,11 +166,12 @@ def _in_order(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ignored(root: Path) -> tuple[str, ...]:
-    """Sentences about system folders, and about pictures beside split folders."""
+    """Sentences about the folders of operating systems."""
     return tuple(f"{child.name}/ is not read" for child in sorted(root.iterdir()) if child.name in JUNK)
 
 
 def _beside(root: Path) -> tuple[str, ...]:
+    """A sentence about folders with data beside shards."""
     names = [f"{folder.name}/" for folder in subfolders(root) if holds_pictures(folder) or _shards_in(folder)]
     return (f"{', '.join(names)} beside the shards: not read",) if names else ()
 

@@ -35,9 +35,12 @@ class Table:
         self.captions[file] = self.captions.get(file) or caption
 
     def caption(self, file: str) -> str | None:
-        """The caption of a picture by its path from the root; None where the table does not name it."""
-        file = tidy(file)
-        return self.captions.get(file, self.captions.get(str(PurePosixPath(file).with_suffix(""))))
+        """The caption of a picture by its path from the root, as `tidy` writes it; None where the table does not name it."""
+        return self.captions.get(file, self.captions.get(_without_suffix(file)))
+
+    def names(self, files: Iterable[str]) -> set[str]:
+        """Those of its rows that name one of these files."""
+        return {name for file in files for name in (file, _without_suffix(file)) if name in self.captions}
 
 
 def read_tables(root: Path, names: Iterable[str]) -> tuple[list[Table], list[str]]:
@@ -47,7 +50,9 @@ def read_tables(root: Path, names: Iterable[str]) -> tuple[list[Table], list[str
     """
     found, notes = [name for name in names if PurePosixPath(name).name in (*TABLES, *UNREAD)], []
     tables = []
-    for name in sorted(found, key=lambda name: (-name.count("/"), (*TABLES, *UNREAD).index(PurePosixPath(name).name), name)):
+    for name in sorted(
+        found, key=lambda name: (-name.count("/"), (*TABLES, *UNREAD).index(PurePosixPath(name).name), name)
+    ):
         if name.endswith(UNREAD):
             notes.append(f"{name} is not read: save it as metadata.csv or metadata.jsonl")
             continue
@@ -62,6 +67,10 @@ def read_tables(root: Path, names: Iterable[str]) -> tuple[list[Table], list[str
 def tidy(file: str) -> str:
     """A path as tables and folders may write it, in one form: "/" between names, composed letters."""
     return unicodedata.normalize("NFC", file.replace("\\", "/").strip().removeprefix("./"))
+
+
+def _without_suffix(file: str) -> str:
+    return file.removesuffix(PurePosixPath(file).suffix)
 
 
 def _read(root: Path, name: str) -> Table | None:
@@ -80,9 +89,8 @@ def _read(root: Path, name: str) -> Table | None:
 
 
 def _rows_of_csv(contents: bytes, required: bool) -> Iterator[tuple[str, str]] | None:
-    text = read_text_of_table(contents)
-    delimiters = (",", ";", "\t")
-    for delimiter in delimiters:
+    text = _text(contents)
+    for delimiter in (",", ";", "\t"):
         # newline="": the csv module itself ends rows, so that no other separator of lines (U+2028, form feed) does.
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         columns = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
@@ -100,7 +108,7 @@ def _first(row: Mapping[str, str | None], columns: Iterable[str]) -> str:
     return next(filter(None, (caption_of(row[column]) for column in columns)), "")
 
 
-def read_text_of_table(contents: bytes) -> str:
+def _text(contents: bytes) -> str:
     try:
         return read_text(contents)
     except BadFile as error:
@@ -113,7 +121,9 @@ def _rows_of_json(contents: bytes, required: bool) -> Iterable[tuple[str, str]]:
     except BadFile as error:
         raise BadFile(f"is not JSON: {error}") from error
     if isinstance(value, dict):
-        return [(file, caption_of(caption)) for file, caption in value.items()]
+        return [
+            (file, caption_in(entry) if isinstance(entry, dict) else caption_of(entry)) for file, entry in value.items()
+        ]
     if isinstance(value, list) and all(isinstance(row, dict) for row in value):
         return _rows_of_records(value, required) or []
     raise BadFile('must be {"file": "caption", …} or [{"file": …, "caption": …}, …]')
@@ -122,7 +132,7 @@ def _rows_of_json(contents: bytes, required: bool) -> Iterable[tuple[str, str]]:
 def _rows_of_jsonl(contents: bytes, required: bool) -> Iterable[tuple[str, str]] | None:
     # Lines end at "\n" and nowhere else: JSON may hold the other separators of lines as they are.
     records = []
-    for number, line in enumerate(read_text_of_table(contents).split("\n"), 1):
+    for number, line in enumerate(_text(contents).split("\n"), 1):
         if line.strip():
             try:
                 records.append(read_record(line))
@@ -132,7 +142,9 @@ def _rows_of_jsonl(contents: bytes, required: bool) -> Iterable[tuple[str, str]]
 
 
 def _rows_of_records(records: list[dict], required: bool) -> Iterable[tuple[str, str]] | None:
-    files = [next((record[name] for name in _FILE_FIELDS if isinstance(record.get(name), str)), None) for record in records]
+    files = [
+        next((record[name] for name in _FILE_FIELDS if isinstance(record.get(name), str)), None) for record in records
+    ]
     if not any(name in record for record in records for name in CAPTION_FIELDS) or not any(files):
         if required:
             raise BadFile('must be {"file": "caption", …} or [{"file": …, "caption": …}, …]')

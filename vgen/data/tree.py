@@ -23,7 +23,8 @@ def is_picture(name: str) -> bool:
 
 def subfolders(root: Path) -> list[Path]:
     """The folders (and links to folders) in a folder that may hold data, by name."""
-    return sorted(path for path in root.iterdir() if not _hidden(path.name) and path.is_dir())
+    # scandir: tells folders from a million files without asking the disk about each.
+    return sorted(Path(entry.path) for entry in os.scandir(root) if not _hidden(entry.name) and _is_folder(entry))
 
 
 def holds_pictures(root: Path, deep: bool = True) -> bool:
@@ -48,11 +49,7 @@ def _walk(folder: str, prefix: str, seen: set[tuple[int, int]], notes: Counter[s
         return
     for entry in entries:
         name = prefix + entry.name
-        try:
-            is_folder, is_file = entry.is_dir(), entry.is_file()
-        except OSError:  # a link to itself
-            is_folder = is_file = False
-        if is_folder:
+        if _is_folder(entry):
             identity = _identity(entry.path)
             # Two classes may share a folder by links, one class must not read it twice.
             below = seen if prefix else set(seen)
@@ -61,7 +58,7 @@ def _walk(folder: str, prefix: str, seen: set[tuple[int, int]], notes: Counter[s
                 continue
             below.add(identity)
             yield from _walk(entry.path, f"{name}/", below, notes)
-        elif is_file:
+        elif not entry.is_symlink() or os.path.isfile(entry.path):
             yield name
         else:
             notes["link that leads nowhere"] += 1
@@ -69,6 +66,10 @@ def _walk(folder: str, prefix: str, seen: set[tuple[int, int]], notes: Counter[s
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name in JUNK
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # isdir: links may lead to themselves
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from accelerate import PartialState
 from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
 from vgen.data.batches import batches
 from vgen.data.dataset import ImageDataset, open_images
+from vgen.data.heldout import AUTO
 from vgen.data.images import Augment
+from vgen.data.sources import open_data, splits_of
+from vgen.data.splits import find_split
+from vgen.errors import VgenError
 from vgen.layers.pixels import to_images
 from vgen.tokenizers_vis.base import to_uint8
 from vgen.tokenizers_vis.registry import tokenizer_class
@@ -37,12 +43,14 @@ from vgen.viz.sheets import sheet
 @dataclass(frozen=True)
 class DataConfig:
     """path: whatever `open_images` reads; size: side in pixels; min_scale: smallest random crop (share of a side, 1: none);
-    flip: share of training pictures that are mirrored."""
+    flip: share of training pictures that are mirrored; held_out: where the data has no split `heldout`, hold out this share ("5%") or
+    number ("200") of the training pictures (None: 5% where the data has no other split at all)."""
 
     path: str
     size: int = 64
     train_split: str = "train"
     held_out_split: str = "heldout"
+    held_out: str | None = None
     min_scale: float = 1.0
     flip: float = 0.5
     workers: int = 0  # loading processes; 0: load between steps
@@ -65,22 +73,32 @@ class PictureConfig(TrainConfig):
 def check_data(data: DataConfig) -> None:
     """Raises VgenError for data settings that cannot work, before pictures are loaded."""
     require(bool(data.path), "data.path must name a dataset folder")
-    require(
-        Path(data.path).exists(),
-        f"data.path: {data.path} does not exist; name a folder of pictures or WebDataset shards (`vgen data emoji --out data/emoji` "
-        "builds a small one)",
-    )
     require_positive(data, "size", prefix="data.")
     require_share(data, "flip", prefix="data.")
     require(0 < data.min_scale <= 1, f"data.min_scale must lie in (0, 1], found {data.min_scale}")
     require_not_negative(data, "workers", prefix="data.")
+    try:
+        splits = splits_of(data.path, _held_out(data))
+    except VgenError as error:
+        raise VgenError(
+            f"config: data.path: {error}; `vgen data emoji --out data/emoji` builds a small dataset"
+        ) from error
+    for name in ("train_split", "held_out_split"):
+        find_split(getattr(data, name), splits, f"config: data.{name}: {data.path}")
+
+
+def _held_out(data: DataConfig) -> str:
+    return AUTO if data.held_out is None else data.held_out
 
 
 def open_pictures(data: DataConfig, seed: int) -> tuple[ImageDataset, ImageDataset]:
-    """The training pictures, augmented, and the held-out ones, plain."""
+    """The training pictures, augmented, and the held-out ones, plain; the main process says what was found."""
+    found = open_data(data.path, _held_out(data))
+    if PartialState().is_main_process:
+        print(found.report, file=sys.stderr)
     augment = Augment(min_scale=data.min_scale, flip=data.flip)
-    train = open_images(data.path, data.train_split, data.size, augment, seed=seed, cache=data.cache)
-    return train, open_images(data.path, data.held_out_split, data.size, cache=data.cache)
+    train = open_images(found, data.train_split, data.size, augment, seed=seed, cache=data.cache)
+    return train, open_images(found, data.held_out_split, data.size, cache=data.cache)
 
 
 def check_pictures(config: PictureConfig, families: Sequence[str]) -> ModelMixin:
