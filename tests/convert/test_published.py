@@ -192,7 +192,9 @@ def test_settled_figures_are_stated_with_their_source(name, source, values):
 
 
 # What people write when they did not look.
-DOUBT = re.compile(r"recall|likely|assum|not (re-)?(verified|checked|established|seen|read|noted)|presum", re.IGNORECASE)
+DOUBT = re.compile(
+    r"recall|likely|assum|not (re-)?(verified|checked|established|seen|read|noted)|presum", re.IGNORECASE
+)
 
 
 @pytest.mark.parametrize("name", names())
