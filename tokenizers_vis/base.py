@@ -23,6 +23,7 @@ class TokenSpec:
     downsample: pixels per token along (time, height, width). vocabulary: number of codes of a discrete tokenizer;
     channels: floats per token of a continuous one; levels: values per channel of a channel-wise discrete one (TokenBridge, FSQ).
     sequence: tokens of a 1-D tokenizer (TiTok), which takes pictures of exactly `downsample` pixels; its grid is (1, 1, sequence).
+    multiple: of a 1-D tokenizer that takes other sizes as well (FlexTok): sides are multiples of it, `downsample` is the largest.
     """
 
     downsample: tuple[int, int, int]
@@ -30,15 +31,12 @@ class TokenSpec:
     channels: int | None = None
     levels: int | None = None
     sequence: int | None = None
+    multiple: int | None = None
 
     def grid(self, height: int, width: int, frames: int = 1) -> Grid:
         """The token grid of a picture or clip of this size in pixels; VgenError names allowed sizes."""
         if self.sequence is not None:
-            if (frames, height, width) != self.downsample:
-                wanted, found = "x".join(map(str, self.downsample)), f"{frames}x{height}x{width}"
-                raise VgenError(
-                    f"this tokenizer takes {wanted} (frames x height x width) and nothing else, got {found}; resize and crop"
-                )
+            self._check_sequence(frames, height, width)
             return 1, 1, self.sequence
         named = zip(("frames", "height", "width"), (frames, height, width), self.downsample)
         for name, size, factor in named:
@@ -48,8 +46,28 @@ class TokenSpec:
                 raise VgenError(f"{name} must be a multiple of {factor} for this tokenizer, got {size}; use {near}")
         return frames // self.downsample[0], height // self.downsample[1], width // self.downsample[2]
 
+    def _check_sequence(self, frames: int, height: int, width: int) -> None:
+        limits, found = self.downsample, f"{frames}x{height}x{width}"
+        if self.multiple is None:
+            if (frames, height, width) != limits:
+                wanted = "x".join(map(str, limits))
+                raise VgenError(
+                    f"this tokenizer takes {wanted} (frames x height x width) and nothing else, got {found}; resize and crop"
+                )
+            return
+        sides = zip((height, width), limits[1:])
+        if frames != 1 or not all(0 < side <= limit and side % self.multiple == 0 for side, limit in sides):
+            raise VgenError(
+                f"this tokenizer takes pictures of up to {limits[1]}x{limits[2]} (height x width) whose sides are multiples of "
+                f"{self.multiple}, got {found.removeprefix('1x')}; it was made for {limits[1]}x{limits[2]}, so resize and crop to that"
+            )
+
+    def size_options(self, height: int, width: int) -> dict[str, tuple[int, int]]:
+        """What `decode` must be told about the picture besides its grid: nothing where the grid says it, else `size`."""
+        return {} if self.multiple is None else {"size": (height, width)}
+
     def pixels(self, grid: Grid) -> tuple[int, int, int]:
-        """(frames, height, width) of the picture or clip that a token grid stands for."""
+        """(frames, height, width) of the picture or clip that a token grid stands for (sequences: the largest)."""
         if self.sequence is not None:
             return self.downsample
         return grid[0] * self.downsample[0], grid[1] * self.downsample[1], grid[2] * self.downsample[2]

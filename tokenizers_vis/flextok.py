@@ -103,9 +103,9 @@ class FlexTok(NamedSizes, ModelMixin, ConfigMixin):
         shared = (head_dim, patch_size, max_grid, registers, self.quantizer.channels)
         self.encoder = FlexTokEncoder(self.channels, encoder_width, encoder_depth, *shared)
         self.decoder = FlexTokDecoder(self.channels, decoder_width, decoder_depth, *shared, frequencies, max_time)
-        self.patch = patch_size * self.downsample  # pixels per side of a patch
-        self.size = (max_grid[0] * self.patch, max_grid[1] * self.patch)
-        self.spec = TokenSpec((1, *self.size), vocabulary=self.quantizer.vocabulary, sequence=registers)
+        patch = patch_size * self.downsample  # pixels per side of a patch
+        self.size = (max_grid[0] * patch, max_grid[1] * patch)
+        self.spec = TokenSpec((1, *self.size), vocabulary=self.quantizer.vocabulary, sequence=registers, multiple=patch)
 
     # -- construction ----------------------------------------------------------------------------------------------
 
@@ -156,25 +156,16 @@ class FlexTok(NamedSizes, ModelMixin, ConfigMixin):
         with torch.autocast(latents.device.type, enabled=False):
             return self.vae.reconstruct(latents.float() / self.vae.config.scale)
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raises VgenError unless pictures of this size can be coded: multiples of the patch, up to the largest grid."""
-        fits = (0 < side <= limit and side % self.patch == 0 for side, limit in zip((height, width), self.size))
-        if not all(fits):
-            raise VgenError(
-                f"this FlexTok takes pictures of up to {self.size[0]}x{self.size[1]} whose sides are multiples of {self.patch}, "
-                f"got {height}x{width}; it was made for {self.size[0]}x{self.size[1]}, so resize and crop to that"
-            )
-
     # -- use -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> codes [B, N] int64, the most important first.
+        """[B, 3, H, W] in [-1, 1] -> codes [B, N] int64, the most important first. H, W: any multiples of the patch up to `size`.
 
         noise: N(0, 1) of the latent map's shape [B, C, H/f, W/f], for a sample of the VAE's posterior, as released (the same
         picture then gives other tokens every time). None: its mode.
         """
-        self.check_size(*pixels.shape[-2:])
+        self.spec.grid(*pixels.shape[-2:])
         z = self.encoder(self.latents(pixels, noise).to(self.dtype))
         return self.quantizer.quantize(z)[1]
 
@@ -205,7 +196,7 @@ class FlexTok(NamedSizes, ModelMixin, ConfigMixin):
         batch, given = tokens.shape
         check_tokens(tokens, self.spec.vocabulary)
         height, width = size or self.size
-        self.check_size(height, width)
+        self.spec.grid(height, width)
         steps = self.config.steps if steps is None else steps
         codes = self.quantizer.codes(F.pad(tokens, (0, count - given)))  # what pads is overwritten
         keep = self._kept(num_tokens, batch, given, tokens.device)

@@ -117,7 +117,7 @@ def check(config: Config) -> None:
     vae = None if config.model.vae is None else open_vae(config)
     with torch.device("meta"):
         model = make_model(config, vae)  # raises for impossible sizes
-    model.check_size(data.size, data.size)
+    model.spec.grid(data.size, data.size)
     most = model.config.registers
     for count in sampling.counts:
         require(1 <= count <= most, f"sampling.counts lie in 1..{most}, the number of registers, found {count}")
