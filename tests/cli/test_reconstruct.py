@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from vgen.cli.main import main
+from vgen.tokenizers_vis.flextok import FlexTok
 from vgen.tokenizers_vis.kl import KLModel
 from vgen.tokenizers_vis.vq import VQModel
 
@@ -83,3 +84,31 @@ def test_bad_input_is_one_sentence(folder, vq, tmp_path, capsys):
         error = capsys.readouterr().err
         assert words in error and "Traceback" not in error
     assert not Path(tmp_path / "s.png").exists()
+
+
+def test_pictures_that_are_not_square(folder, vq, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    common = ["reconstruct", "--input", str(folder), "--out", str(out), "--device", "cpu", "--json"]
+    assert main([*common, "--model", vq, "--size", "16x24"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "3 pictures of 16 x 24 px, 96 tokens each" in lines[0] and json.loads(lines[-1])["size"] == [16, 24]
+    torch.manual_seed(0)
+    model = FlexTok(
+        vae_family=None, encoder_width=16, encoder_depth=1, decoder_width=16, decoder_depth=1, head_dim=8, patch_size=4,
+        max_grid=(4, 5), registers=6, levels=(5, 4), frequencies=8, steps=1,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "flextok")
+    common += ["--model", str(tmp_path / "flextok")]
+    for size, found in ((["--size", "12x20"], [12, 20]), (["--size", "12"], 12), ([], [16, 20])):
+        assert main([*common, *size, "--num-tokens", "2", "6"]) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert report["size"] == found and [row["tokens"] for row in report["rows"]] == [2, 6]
+    assert main([*common, "--size", "12x24"]) == 2
+    assert "up to 16x20 (height x width) whose sides are multiples of 4, got 12x24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "12x", "-4", "12x-4", "x8", "12.5", "8 8", "12x8x3", "nine"])
+def test_a_size_is_a_side_or_height_x_width(size, vq, folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["reconstruct", "--model", vq, "--input", str(folder), f"--size={size}"])
+    assert stop.value.code == 2 and "height x width such as 192x256" in capsys.readouterr().err

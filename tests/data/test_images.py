@@ -9,10 +9,14 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from vgen.data.dataset import open_images
-from vgen.data.images import Augment, BadFile, decode_image
+from vgen.data.images import Augment, BadFile, decode_image, shrink, view
 from vgen.data.shards import read_index, write_shard
 from vgen.data.sources import splits_of
 from vgen.errors import VgenError
@@ -351,3 +355,36 @@ def test_datasets_can_be_pickled(tmp_path):
     put(tmp_path, {"a.png": png(), "b.png": png()})
     data = open_images(tmp_path)
     assert torch.equal(pickle.loads(pickle.dumps(data))[1]["image"], data[1]["image"])
+
+
+# other shapes than squares
+
+
+@pytest.mark.parametrize("size, box", [((8, 8), (0, 4, 16, 20)), ((4, 12), (4, 0, 12, 24)), ((12, 4), (0, 9, 16, 14))])
+def test_the_largest_part_of_the_wanted_shape_around_the_centre(size, box):
+    picture = decode_image(encode(gradient(24, 16)))
+    top, left, bottom, right = box
+    part = Image.fromarray(picture[:, top:bottom, left:right].permute(1, 2, 0).numpy())
+    expected = F.resize(torch.from_numpy(np.asarray(part).copy()).permute(2, 0, 1), list(size), antialias=True,
+                        interpolation=InterpolationMode.BICUBIC)  # fmt: skip
+    found = view(picture, size, None, None)
+    assert found.shape == (3, *size) and torch.allclose(found, expected.float() / 255 * 2 - 1, atol=1e-6)
+
+
+@given(height=st.integers(1, 60), width=st.integers(1, 60), rows=st.integers(2, 40), columns=st.integers(2, 40))
+def test_every_shape_is_cut_out_of_every_picture(height, width, rows, columns):
+    picture = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    for augment in (None, Augment(flip=0.5, min_scale=0.5)):
+        small = shrink(picture, (rows, columns), augment)
+        assert small.shape[1] <= height and small.shape[2] <= width
+        assert view(small, (rows, columns), augment, generator).shape == (3, rows, columns)
+
+
+@given(height=st.integers(1, 60), width=st.integers(1, 60), side=st.integers(2, 40))
+def test_a_side_and_its_square_are_the_same(height, width, side):
+    picture = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    for augment in (None, Augment()):
+        assert torch.equal(shrink(picture, side, augment), shrink(picture, (side, side), augment))
+        whole, both = (view(picture, size, augment, torch.Generator().manual_seed(1)) for size in (side, (side, side)))
+        assert torch.equal(whole, both)

@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from vgen.errors import VgenError
+from vgen.models.flexar import FlexARModel
 from vgen.pipelines.visual import VisualPipeline
+from vgen.tokenizers_vis.flextok import FlexTok
 
 
 def pixels(images):
@@ -115,3 +117,29 @@ def test_tokenizer_and_generator_must_fit(pipeline):
     other = AnyOrderModel(10, 64, (1, 4, 4), width=64, content_layers=1, query_layers=1, heads=2)
     with pytest.raises(VgenError, match=r"32 codes.*made for 64"):
         VisualPipeline(pipeline.tokenizer, other)
+
+
+def test_a_flexible_tokenizer_makes_pictures_of_other_shapes(pipeline):
+    torch.manual_seed(0)
+    tokenizer = FlexTok(
+        vae_family=None, encoder_width=16, encoder_depth=1, decoder_width=16, decoder_depth=1, head_dim=8, patch_size=4,
+        max_grid=(3, 5), registers=6, levels=(5, 4), frequencies=8, steps=1,
+    ).eval()  # fmt: skip
+    model = FlexARModel(conditioning="class", codes=20, tokens=6, width=16, depth=1, heads=2, hidden=16, classes=3)
+    flexible = VisualPipeline(tokenizer, model.eval(), order="raster")
+    assert flexible(class_labels=1).images[0].size == (20, 12)
+    wide = flexible(class_labels=[1, 2], size=(4, 12), batch_size=1)
+    assert [image.size for image in wide.images] == [(12, 4)] * 2, "PIL says width x height"
+    assert torch.equal(wide.tokens, flexible(class_labels=[1, 2]).tokens)
+    for size, words in (
+        ((16, 12), "up to 12x20"),
+        ((4, 6), "multiples of 4"),
+        (8, "height, width"),
+        ((4, 8, 4), "height, width"),
+        ((4, "8"), "height, width"),
+    ):
+        with pytest.raises(VgenError, match=words):
+            flexible(class_labels=1, size=size)
+    assert pipeline("mat", size=(8, 8)).images[0].size == (8, 8)
+    with pytest.raises(VgenError, match="make pictures of 8x8, got the size 8x12"):
+        pipeline("mat", size=(8, 12))

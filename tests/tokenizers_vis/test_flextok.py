@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from vgen.errors import VgenError
+from vgen.eval.reconstruction import joined, reconstruct_batches
 from vgen.samplers.flow import FlowGuidance
 from vgen.samplers.noise import PhiloxNoise
 from vgen.tokenizers_vis.base import check_tokens
@@ -319,3 +320,65 @@ def test_sizes_can_be_built():
         with torch.device("meta"):
             model = FlexTok.of_size(size)
         assert model.spec.grid(*model.size) == (1, 1, model.config.registers)
+
+
+# ---------------------------------------------------------------- pictures that are not square
+
+
+def by_hand(model, pixels):
+    """The encoder on one picture, patch by patch, with positions gathered one by one from the table of the largest grid."""
+    latent = model.latents(pixels)[0]
+    patch, parts = model.config.patch_size, model.encoder.module_dict
+    rows, columns = latent.shape[1] // patch, latent.shape[2] // patch
+    table, project = parts["enc_posemb_module"].posembs, parts["enc_patch_emb"].patch_proj
+    sequence = []
+    for i in range(rows):
+        for j in range(columns):
+            square = latent[:, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch]
+            sequence.append(project(square.permute(1, 2, 0).flatten()) + table[0, :, i, j])
+    x = torch.stack([*sequence, *parts["enc_register_module"].registers])[None]
+    count, total = rows * columns, x.shape[1]
+    sees = torch.zeros(total, total, dtype=torch.bool)
+    for query in range(total):
+        for key in range(total):
+            sees[query, key] = key < count or (query >= count and key <= query)
+    for block in parts["enc_transformer"].blocks:
+        x = block(x, sees)
+    return model.quantizer.quantize(parts["enc_to_latents"].proj(norm(x[:, count:])))[1]
+
+
+@pytest.mark.parametrize("size", [(4, 12), (12, 8), (8, 4), (12, 12)])
+def test_any_multiples_of_the_patch_are_coded_as_a_straightforward_computation_does(model, size):
+    pixels = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    tokens = model.encode(pixels)
+    assert tokens.shape == (1, 6) and torch.equal(tokens, by_hand(model, pixels))
+    assert model.decode(tokens, size=size).shape == pixels.shape
+    assert model.spec.grid(*size) == (1, 1, 6) and model.spec.size_options(*size) == {"size": size}
+
+
+def test_a_turned_picture_has_other_tokens(model):
+    """Rows and columns have tables of their own: swapping them would go unnoticed with squares."""
+    pixels = torch.rand(4, 3, 4, 12, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    assert not torch.equal(model.encode(pixels), model.encode(pixels.mT))
+
+
+def test_the_size_of_the_largest_picture_changes_nothing_of_a_square(model, pixels):
+    tokens = model.encode(pixels)
+    assert torch.equal(model.decode(tokens), model.decode(tokens, size=(12, 12)))
+
+
+@pytest.mark.parametrize("size", [(4, 13), (6, 12), (16, 8), (0, 12)])
+def test_sizes_without_positions_are_refused(model, size):
+    with pytest.raises(VgenError, match=r"up to 12x12 .* multiples of 4, got"):
+        model.spec.grid(*size)
+    with pytest.raises(VgenError, match="multiples of 4"):
+        model.decode(torch.zeros(1, 6, dtype=torch.long), size=size)
+
+
+def test_pictures_that_are_not_square_through_the_figures():
+    model = tiny(max_grid=(4, 5))
+    pixels = torch.rand(3, 3, 12, 20, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    found = joined(list(reconstruct_batches(model, pixels, 4, batch_size=2)))
+    assert found.reconstruction.shape == pixels.shape
+    made = model.decode(model.encode(pixels[:2]), num_tokens=4, size=(12, 20))
+    torch.testing.assert_close(found.reconstruction[:2], made.clamp(-1, 1))

@@ -54,6 +54,16 @@ def number(least: float = -math.inf, most: float = math.inf, above: bool = False
     return read
 
 
+def picture_size(text: str) -> tuple[int, int]:
+    """An argparse type: (height, width) of '256' (a square) or '192x256'."""
+    found = re.fullmatch(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", text.strip().lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"expected a side in pixels such as 256, or height x width such as 192x256, got {text!r}"
+        )
+    return int(found[1]), int(found[2] or found[1])
+
+
 def device(text: str) -> str:
     """An argparse type: the name of a device in torch's words; whether this machine has it says `usable_device`."""
     kind, colon, index = text.partition(":")

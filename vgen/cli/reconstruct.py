@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vgen.cli.arguments import device, existing, existing_data, number, usable_device, whole, writable_file
+from vgen.cli.arguments import device, existing, existing_data, number, picture_size, usable_device, whole, writable_file
 from vgen.errors import VgenError
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shown", type=whole(1), default=12, metavar="N", help="pictures on the sheet (default 12)")
     parser.add_argument(
-        "--size", type=whole(1), metavar="S", help="side in pixels (default: the tokenizer's, the dataset's, or 256)"
+        "--size",
+        type=picture_size,
+        metavar="S|HxW",
+        help="side in pixels, or height x width, of the centre that is cut out (default: the tokenizer's, the dataset's, or 256)",
     )
     parser.add_argument(
         "--num-tokens",
@@ -84,15 +87,16 @@ def run(args: argparse.Namespace) -> None:
     """Loads, reconstructs, writes the sheet and prints a line per number of tokens."""
     from tqdm import tqdm
 
-    from vgen.eval.reconstruction import cost, joined, picture_side, reconstruct_batches
+    from vgen.eval import reconstruction
+    from vgen.eval.reconstruction import cost, joined, reconstruct_batches
     from vgen.files import atomic_path
     from vgen.layers.pixels import to_images
     from vgen.viz.sheets import sheet
 
     device = usable_device(args.device)
     tokenizer = load_tokenizer(args.model, args.checkpoint_dir)
-    side = picture_side(tokenizer.spec, args.size, _manifest_size(args.input) or 256)
-    pixels = load_pictures(args.input, args.split, side)
+    size = height, width = reconstruction.picture_size(tokenizer.spec, args.size, _manifest_size(args.input) or 256)
+    pixels = load_pictures(args.input, args.split, size)
     pixels = pixels[: args.count] if args.count else pixels
     lpips = _lpips(args.lpips_vgg, args.lpips_heads) if args.lpips_vgg else None
     tokenizer.to(device)
@@ -106,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
         )
         total = -(-len(pixels) // args.batch_size)
         result = joined(list(tqdm(batches, total=total, unit="batch", desc="reconstructing", delay=1, leave=False)))
-        price, means = cost(tokenizer.spec, side, side, kept), result.means()
+        price, means = cost(tokenizer.spec, height, width, kept), result.means()
         rows.append(
             {"tokens": price.tokens, "bits_per_pixel": price.bits_per_pixel, "compression": price.compression, **means}
         )
@@ -117,15 +121,23 @@ def run(args: argparse.Namespace) -> None:
             f", LPIPS {means['lpips']:.3f}" if lpips is not None else ""
         )
         print(
-            f"{len(pixels)} pictures of {side} px, {price.tokens} {unit} each ({price.bits_per_pixel:.3g} bits per pixel, "
+            f"{len(pixels)} pictures of {height if height == width else f'{height} x {width}'} px, {price.tokens} {unit} each ({price.bits_per_pixel:.3g} bits per pixel, "
             f"1/{price.compression:.0f} of raw pixels): {figures}"
         )
     with atomic_path(args.out) as temporary:
-        sheet(images, labels, columns=shown, scale=max(1, 128 // side)).save(temporary)
+        sheet(images, labels, columns=shown, scale=max(1, 128 // height)).save(temporary)
     print(f"sheet: {args.out}")
     if args.json:
         print(
-            json.dumps({"model": args.model, "pictures": len(pixels), "size": side, "rows": rows, "out": str(args.out)})
+            json.dumps(
+                {
+                    "model": args.model,
+                    "pictures": len(pixels),
+                    "size": height if height == width else size,
+                    "rows": rows,
+                    "out": str(args.out),
+                }
+            )
         )
 
 
@@ -149,8 +161,8 @@ def load_tokenizer(model: str, checkpoint_dir: Path | None = None):
     )
 
 
-def load_pictures(path: Path, split: str, side: int) -> Tensor:
-    """[M, 3, side, side] in [-1, 1]: one picture, or a split of a dataset (all of it where it is not divided)."""
+def load_pictures(path: Path, split: str, size: int | tuple[int, int]) -> Tensor:
+    """[M, 3, H, W] in [-1, 1] of `size` (H, W), or of a side: one picture, or a split of a dataset (all of it where it is not divided)."""
     import torch
 
     from vgen.data.dataset import open_images
@@ -158,9 +170,9 @@ def load_pictures(path: Path, split: str, side: int) -> Tensor:
     from vgen.data.sources import splits_of
 
     if path.is_file() and path.suffix != ".tar":
-        return view(read_image(path), side, None, None)[None]
+        return view(read_image(path), size, None, None)[None]
     known = splits_of(path)
-    dataset = open_images(path, split if split in known else known[0], side)
+    dataset = open_images(path, split if split in known else known[0], size)
     return torch.stack([item["image"] for item in dataset.readable()])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vgen.data.images import Augment, BadFile, decode_image, item_generator, shrink, view
+from vgen.data.images import Augment, BadFile, both_sides, decode_image, item_generator, shrink, view
 from vgen.data.sources import Collection, Source, open_source
 from vgen.errors import VgenError
 
@@ -35,14 +35,14 @@ class EpochDataset(Dataset):
 
 
 class ImageDataset(EpochDataset):
-    """Items: `image` float32 [3, size, size] in [-1, 1], `caption` str, `label` int (-1: none), `key` str.
+    """Items: `image` float32 [3, H, W] in [-1, 1] of `size` (a side, or H and W), `caption` str, `label` int (-1: none), `key` str.
 
     Shards are indexed once (offsets of all members), so every item is one seek: any order is possible, and training that resumes at
     step s sees exactly the data it would have seen. A file that cannot be read is replaced by the next readable one, always the
     same; bad files are counted across DataLoader workers and reported once by `report_bad_files` (which `batches` calls at its end).
     """
 
-    def __init__(self, source: Source, size: int, augment: Augment | None = None, seed: int = 0, cache: bool = False):
+    def __init__(self, source: Source, size: int | tuple[int, int], augment: Augment | None = None, seed: int = 0, cache: bool = False):
         self.source, self.size, self.augment, self.seed = source, size, augment, seed
         self._cache: dict[int, Tensor] | None = {} if cache else None
         self._bad = torch.zeros(len(source.keys), dtype=torch.bool).share_memory_()  # workers write it too
@@ -138,7 +138,7 @@ class ImageDataset(EpochDataset):
 def open_images(
     path: str | Path | Collection,
     split: str = "train",
-    size: int = 64,
+    size: int | tuple[int, int] = 64,
     augment: bool | Augment = False,
     *,
     held_out: str | int | None = None,
@@ -151,7 +151,7 @@ def open_images(
         path: a folder of pictures (class = subfolder), a folder of shards, one .tar, a pattern (`d/*.tar`) or a range of them
             (`d/train-{000..009}.tar`), or what `open_data` made of one (reads it once for several splits).
         split: "train", "heldout"… : shards that name it or the subfolder of that name; undivided data is all "train".
-        size: side of the square images in pixels; larger pictures are resized by their short side and cropped.
+        size: side of the square images in pixels, or (height, width); pictures are resized to cover it and cropped at the centre.
         augment: random crops and flips (`Augment` to set them); drawn from (seed, epoch, index), so items are reproducible.
         held_out: makes a split "heldout" of data that has none: a share ("5%"), a number of pictures, or "auto" (see `open_data`).
         seed: of the augmentation.
@@ -159,7 +159,7 @@ def open_images(
 
     Raises VgenError when the path, the split, the shards or all pictures are unusable.
     """
-    if size < 1:
+    if min(both_sides(size)) < 1:
         raise VgenError(f"the image size must be at least 1 pixel, found {size}")
     augment = Augment() if augment is True else augment or None
     if augment and not (0 < augment.min_scale <= 1 and 0 <= augment.flip <= 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -41,38 +42,47 @@ def decode_image(contents: bytes) -> Tensor:
         raise BadFile(str(error)) from error
 
 
-def shrink(image: Tensor, size: int, augment: Augment | None) -> Tensor:
+def shrink(image: Tensor, size: int | tuple[int, int], augment: Augment | None) -> Tensor:
     """Reduces a uint8 `[3, H, W]` to what `view` needs at most: this is what a cache keeps."""
-    keep = size if augment is None else math.ceil(size / augment.min_scale)
-    height, width = image.shape[-2:]
-    short = min(height, width)
-    if short <= keep:
+    keep = [side if augment is None else math.ceil(side / augment.min_scale) for side in both_sides(size)]
+    factor = max(Fraction(wanted, side) for wanted, side in zip(keep, image.shape[-2:]))
+    if factor >= 1:
         return image
-    shape = [max(keep, round(side * keep / short)) for side in (height, width)]
+    shape = [max(wanted, round(side * factor)) for wanted, side in zip(keep, image.shape[-2:])]
     return F.resize(image, shape, InterpolationMode.BICUBIC, antialias=True)
 
 
-def view(image: Tensor, size: int, augment: Augment | None, generator: torch.Generator | None) -> Tensor:
-    """A square view of a uint8 `[3, H, W]` -> float32 `[3, size, size]` in [-1, 1].
+def view(
+    image: Tensor, size: int | tuple[int, int], augment: Augment | None, generator: torch.Generator | None
+) -> Tensor:
+    """A view of a uint8 `[3, h, w]` -> float32 `[3, H, W]` in [-1, 1]; size: (H, W), or the side of a square.
 
-    Without `augment` the centre square; with it a random square (and flip) drawn from `generator` alone.
+    Without `augment` the largest part of that shape around the centre; with it a random part (and flip) drawn from `generator` alone.
     """
+    wanted = both_sides(size)
     height, width = image.shape[-2:]
-    short = min(height, width)
+    factor = min(Fraction(height, wanted[0]), Fraction(width, wanted[1]))  # the largest part: exact, so a square is one
     if augment is None:
-        side, top, left, flip = short, (height - short) // 2, (width - short) // 2, False
+        rows, columns = (max(1, round(side * factor)) for side in wanted)
+        top, left, flip = (height - rows) // 2, (width - columns) // 2, False
     else:
         scale, y, x, coin = torch.rand(4, generator=generator).tolist()
-        side = max(1, round(short * (augment.min_scale + (1 - augment.min_scale) * scale)))
-        top, left = int(y * (height - side + 1)), int(x * (width - side + 1))
+        share = augment.min_scale + (1 - augment.min_scale) * scale
+        rows, columns = (max(1, round(float(side * factor) * share)) for side in wanted)
+        top, left = int(y * (height - rows + 1)), int(x * (width - columns + 1))
         flip = coin < augment.flip
-    # Cropping before resizing gives the pixels of "resize the short side, crop the centre" without a huge middle step for 1 x N pictures.
-    image = F.crop(image, top, left, side, side)
-    if side != size:
-        image = F.resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    # Cropping before resizing gives the pixels of "resize, crop the centre" without a huge middle step for 1 x N pictures.
+    image = F.crop(image, top, left, rows, columns)
+    if (rows, columns) != wanted:
+        image = F.resize(image, list(wanted), InterpolationMode.BICUBIC, antialias=True)
     if flip:
         image = F.horizontal_flip(image)
     return F.normalize(F.to_dtype(image, torch.float32, scale=True), mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be the side of a square."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def item_generator(seed: int, epoch: int, index: int) -> torch.Generator:

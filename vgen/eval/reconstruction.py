@@ -51,16 +51,15 @@ def cost(spec: TokenSpec, height: int, width: int, num_tokens: int | None = None
     return Cost(tokens, tokens * bits, height * width)
 
 
-def picture_side(spec: TokenSpec, wanted: int | None, default: int) -> int:
-    """The side in pixels that pictures are brought to: what a 1-D tokenizer demands, else `wanted` or `default`.
+def picture_size(spec: TokenSpec, wanted: tuple[int, int] | None, default: int) -> tuple[int, int]:
+    """(H, W) in pixels that pictures are brought to: `wanted`, or what a 1-D tokenizer was made for, or a square of `default`.
 
     Raises VgenError when the tokenizer cannot take `wanted` (saying which sides it can).
     """
-    if wanted is None and spec.sequence is not None:
-        wanted = spec.downsample[1]
-    side = wanted or default
-    spec.grid(side, side)
-    return side
+    if wanted is None:
+        wanted = (default, default) if spec.sequence is None else spec.downsample[1:]
+    spec.grid(*wanted)
+    return wanted
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def reconstruct_batches(
         raise VgenError(
             f"this tokenizer makes {full} tokens a picture, {num_tokens} of them cannot be kept; choose 1 to {full}"
         )
-    options: dict[str, Any] = {"steps": steps, "guidance": guidance}
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance, **tokenizer.spec.size_options(*pixels.shape[-2:])}
     for start in range(0, len(pixels), batch_size):
         part = pixels[start : start + batch_size].to(tokenizer.device, tokenizer.dtype)
         tokens = encode_each(tokenizer, part)

@@ -237,6 +237,7 @@ class VisualPipeline(DiffusionPipeline):
         seed: int = 0,
         init_image: Image.Image | Path | str | None = None,
         mask: Image.Image | Path | str | None = None,
+        size: tuple[int, int] | None = None,
         callback: Callback | None = None,
     ) -> Iterator[Batch]:
         """`num_images` pictures for every prompt or class label, batch by batch as they are finished: memory stays flat.
@@ -245,6 +246,7 @@ class VisualPipeline(DiffusionPipeline):
         order: a name for `make_order` (with `order_options`) or an Order; steps: forward passes where the order leaves
         the count free; substeps: of every continuous token; low_*: of the small picture that some models make first, where
         the others are for the whole one; init_image and mask: white areas of the mask are made anew, tokens under black areas stay;
+        size: (height, width) of the pictures where the tokens leave it open (FlexTok; None: what the tokenizer was made for);
         callback(step, canvas) is called after every step. Picture i depends on (seed, i) only, not on `batch_size`, `first` or
         `skip`. Raises VgenError for anything that does not fit, before the first picture.
         """
@@ -261,6 +263,7 @@ class VisualPipeline(DiffusionPipeline):
         order = self.make_order(order, steps, seed, order_options, low_steps)
         self.model.check_order(order)
         known = known_tokens(self.tokenizer, self.grids, init_image, mask)
+        shape = self._shape(size)
         # Ids take next to nothing: all are read before the first picture, so that a mistake in the last prompt is an error now.
         block = ENCODED if hasattr(self.model.vocabulary, "encoder") else len(subjects)
         condition = self._condition(subjects[:block])
@@ -274,7 +277,7 @@ class VisualPipeline(DiffusionPipeline):
                 for at in range(0, len(wanted), batch_size):
                     places = torch.tensor(wanted[at : at + batch_size])
                     mine = part.take((places - start) // num_images)
-                    yield self._batch(first + places, mine, order, guidance, choice, seed, known, callback)
+                    yield self._batch(first + places, mine, order, guidance, choice, seed, known, shape, callback)
 
         return batches()
 
@@ -288,6 +291,7 @@ class VisualPipeline(DiffusionPipeline):
         choice: Any,
         seed: int,
         known: tuple[Tensor, Tensor] | None,
+        shape: dict[str, tuple[int, int]],
         callback: Callback | None,
     ) -> Batch:
         """Decodes the pictures of these numbers [B]."""
@@ -297,7 +301,7 @@ class VisualPipeline(DiffusionPipeline):
         for step, _ in decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples)):
             if callback is not None:
                 callback(step, canvas)
-        images = self.decode_tokens(canvas.values, condition, samples=samples, seed=seed)
+        images = self.decode_tokens(canvas.values, condition, samples=samples, seed=seed, **shape)
         return Batch(samples.tolist(), images, canvas.values, condition, state.counters)
 
     def check_settings(self) -> None:
@@ -350,19 +354,36 @@ class VisualPipeline(DiffusionPipeline):
         *,
         samples: Tensor | None = None,
         seed: int = 0,
+        size: tuple[int, int] | None = None,
     ) -> list[Image.Image]:
         """[B, N] codes or [B, N, C] latents of all levels -> B images. condition: what they were made for; text-aware decoders read it.
 
         level: which one is shown where there are several: -1 the picture, 0 the small one that was made first. samples, seed: of
-        the pictures, for decoders that start from noise (None: 0 to B - 1).
+        the pictures, for decoders that start from noise (None: 0 to B - 1). size: of `stream`.
         """
         caption = None if condition is None else condition.extras.get("decoder_text")
         values = tokens if len(self.grids) == 1 else Canvas(self.grids, tokens).part(level).values
         samples = torch.arange(len(tokens)) if samples is None else samples
-        pixels = decode_each(
-            self.tokenizer, values.to(self.device), self.grids[level], samples=samples, seed=seed, condition=caption
-        )
-        return to_images(pixels)
+        options = {"samples": samples, "seed": seed, "condition": caption, **self._shape(size)}
+        return to_images(decode_each(self.tokenizer, values.to(self.device), self.grids[level], **options))
+
+    def _shape(self, size: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
+        """What the tokenizer's `decode` is told about a picture of this size, checked."""
+        if size is None:
+            return {}
+        try:
+            height, width = (whole(side, "a side of the picture", 1) for side in size)
+        except (TypeError, ValueError):
+            raise VgenError(f"size is (height, width) in pixels such as (192, 256), got {shown(size)}") from None
+        spec = self.tokenizer.spec
+        if spec.multiple is None:
+            fixed = "x".join(map(str, spec.pixels(self.grids[-1])[1:]))
+            if f"{height}x{width}" != fixed:
+                raise VgenError(
+                    f"the tokens of this model make pictures of {fixed}, got the size {height}x{width}; leave it out"
+                )
+        spec.grid(height, width)
+        return spec.size_options(height, width)
 
     def _guidance(self, scale: float | None, schedule: str | None, low_scale: float | None) -> Guidance:
         config = self.config
