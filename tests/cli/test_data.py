@@ -17,7 +17,12 @@ def test_info_of_a_folder_with_sheet(tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     assert main(["data", "info", str(tmp_path / "set"), "--sheet", str(sheet)]) == 0
     said = capsys.readouterr().out
-    assert "image folder" in said and "train: 2 pictures found, 2 used" in said and "cat (1), dog (1)" in said and "a red cat" in said
+    assert (
+        "image folder" in said
+        and "train: 2 pictures found, 2 used" in said
+        and "cat (1), dog (1)" in said
+        and "a red cat" in said
+    )
     with Image.open(sheet) as image:
         assert image.size == (2 * 96, 64 + 44) and image.getpixel((48, 30)) == (255, 0, 0)
 

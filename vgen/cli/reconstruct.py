@@ -7,7 +7,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vgen.cli.arguments import device, existing, existing_data, number, picture_size, usable_device, whole, writable_file
+from vgen.cli.arguments import (
+    device,
+    existing,
+    existing_data,
+    number,
+    picture_size,
+    usable_device,
+    whole,
+    writable_file,
+)
 from vgen.errors import VgenError
 
 if TYPE_CHECKING:
