@@ -66,7 +66,7 @@ def test_places_where_nothing_may_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(VgenError, match="file is a file, expected a folder"):
         check_folder(tmp_path / "file")
-    with pytest.raises(VgenError, match="below cannot be written: .*file is a file"):
+    with pytest.raises(VgenError, match=r"below cannot be written: .*file is a file"):
         check_folder(tmp_path / "file" / "below")
     with pytest.raises(VgenError, match="is a folder, expected the name of a file"), atomic_path(tmp_path / "here"):
         pass

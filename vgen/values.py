@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from vgen.errors import VgenError
@@ -34,10 +35,8 @@ def real(value: Any, name: str, least: float = -math.inf) -> float:
     """`value` as a finite float of at least `least`: a number of Python, numpy or torch (of one element)."""
     number = math.nan
     if not isinstance(value, (str, bytes, bytearray)) and not _is_truth(value):
-        try:
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
             number = float(value)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            pass
     if not math.isfinite(number) or number < least:
         raise VgenError(
             f"{name} must be a finite number{'' if least == -math.inf else f' of at least {least:g}'}, got {shown(value)}"

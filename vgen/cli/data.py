@@ -79,9 +79,8 @@ def _info(args: argparse.Namespace) -> None:
     from vgen.data.sources import splits_of
     from vgen.errors import VgenError
 
-    if args.sheet:
-        if token_file(args.path, args.split or "train"):
-            raise VgenError("a token set has no pictures: --sheet needs an image folder or shards")
+    if args.sheet and token_file(args.path, args.split or "train"):
+        raise VgenError("a token set has no pictures: --sheet needs an image folder or shards")
     print(describe(args.path, args.split, held_out=args.held_out))
     if args.sheet:
         split = args.split or splits_of(args.path, args.held_out)[0]

@@ -24,7 +24,7 @@ from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import LARGEST, PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order, Step, grid_size
+from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order, Step
 from vgen.tokenizers_vis.base import decode_each
 from vgen.tokenizers_vis.registry import TOKENIZERS
 from vgen.values import real, several, shown, string, whole
