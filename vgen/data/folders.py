@@ -71,7 +71,7 @@ def _samples(where: Layout, folder: Path, names: Sequence[str], tables: Sequence
             record = _record(folder, sidecars.get(f"{stem}.json"))
             caption, source = _caption(from_root[name], used) if used else _sidecar(folder, stem, sidecars, record)
         except (BadFile, OSError) as error:
-            tally.skipped[str(error) if isinstance(error, BadFile) else "sidecar that cannot be read"] += 1
+            tally.skip(str(error) if isinstance(error, BadFile) else "sidecar that cannot be read", name)
             continue
         if caption:
             tally.captions_from[source] += 1

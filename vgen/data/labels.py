@@ -49,14 +49,9 @@ class Numbering:
     source: str
     numbers: Mapping[Label, int]
 
-    def number(self, label: Label, unreadable: Counter[str]) -> int:
-        """The class of a label, -1 for none. unreadable: counts labels that are no class."""
-        if label is None:
-            return -1
-        found = self.numbers.get(label, -1)
-        if found < 0:
-            unreadable[f"labels that are no class of {self.source}"] += 1
-        return found
+    def number(self, label: Label) -> int:
+        """The class of a label, -1 for none and for a label that is no class."""
+        return self.numbers.get(label, -1)
 
 
 def of_manifest(names: Sequence[str], numbered: bool) -> Numbering:
@@ -65,7 +60,7 @@ def of_manifest(names: Sequence[str], numbered: bool) -> Numbering:
     positions = {number: number for number in range(len(names))} if numbered else {}
     # Names that are numbers ("7" of digits) are read as numbers from labels: positions win, as writers of shards mean them.
     numerals = {int(name): number for name, number in by_name.items() if numbered and _NUMBER.fullmatch(name)}
-    return Numbering(tuple(names), "manifest.json", {**numerals, **by_name, **positions})
+    return Numbering(tuple(names), "the classes of manifest.json", {**numerals, **by_name, **positions})
 
 
 def of_folders(names: Iterable[str]) -> Numbering:

@@ -46,3 +46,18 @@ class Tally:
     unlabelled: Counter[str] = field(default_factory=Counter)
     captions_from: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    examples: dict[str, str] = field(default_factory=dict)  # reason -> the first sample that it met
+
+    def skip(self, reason: str, key: str) -> None:
+        """Counts a sample that is not used."""
+        self.skipped[reason] += 1
+        self.examples.setdefault(reason, key)
+
+    def unlabel(self, reason: str, key: str) -> None:
+        """Counts a sample whose label is no class."""
+        self.unlabelled[reason] += 1
+        self.examples.setdefault(reason, key)
+
+    def told(self, counts: Counter[str]) -> dict[str, int]:
+        """`skipped` or `unlabelled` with an example each."""
+        return {f"{reason}, such as {self.examples[reason]}": count for reason, count in counts.items()}

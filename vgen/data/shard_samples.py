@@ -35,7 +35,7 @@ def read_shards(shards: Sequence[Path]) -> tuple[list[Sample], Tally]:
                 try:
                     result.append(_read(key, sample, file, tally))
                 except BadFile as error:
-                    tally.skipped[str(error)] += 1
+                    tally.skip(str(error), key)
     tally.found = sum(map(len, indexed.values()))
     repeated = sum(sample.repeated for samples in indexed.values() for sample in samples)
     if repeated:
@@ -51,9 +51,7 @@ def _read(key: str, sample: ShardSample, file, tally: Tally) -> Sample:
     if not plain and pictures:
         prefix = pictures[0].rpartition(".")[0] + "."
         if any(extension.rpartition(".")[0] + "." != prefix for extension in pictures):
-            raise BadFile(
-                f"several pictures under one key, such as {key}.{pictures[0]} and {key}.{pictures[-1]} (a key ends at the first dot)"
-            )
+            raise BadFile("several pictures under one key, which ends at the first dot")
     if not pictures:
         raise BadFile("no picture")
 
@@ -68,15 +66,15 @@ def _read(key: str, sample: ShardSample, file, tally: Tally) -> Sample:
     caption = caption or caption_in(record)
     if caption:
         tally.captions_from[source] += 1
-    label = _label(contents("cls"), record, tally)
+    label = _label(key, contents("cls"), record, tally)
     return Sample(key, tuple(members[name] for name in plain or pictures), caption, label, aesthetic_in(record))
 
 
-def _label(cls: bytes | None, record: dict, tally: Tally) -> Label:
+def _label(key: str, cls: bytes | None, record: dict, tally: Tally) -> Label:
     try:
         return read_label(record.get("label") if cls is None else read_text(cls))
     except BadLabel as error:
-        tally.unlabelled[str(error)] += 1
+        tally.unlabel(str(error), key)
     except BadFile as error:
-        tally.unlabelled[f"labels in {error}"] += 1
+        tally.unlabel(f"labels in {error}", key)
     return None

@@ -79,7 +79,10 @@ def open_data(path: str | Path, held_out: str | int | None = None) -> Collection
     numbering = _numbering(where, samples)
     sources = {}
     for split, found in samples.items():
-        labels = [numbering.number(sample.label, tallies[split].unlabelled) for sample in found]
+        labels = [numbering.number(sample.label) for sample in found]
+        for sample, label in zip(found, labels):
+            if label < 0 and sample.label is not None:
+                tallies[split].unlabel(f"labels that are not among {numbering.source}", sample.key)
         sources[split] = Source(where.kind, found, labels, numbering.names)
     splits, made = _planned(where, held_out)
     if made:
@@ -160,7 +163,9 @@ def _refuse_empty(where: Layout, samples: Mapping[str, Sequence[Sample]], tallie
         if found:
             continue
         place = f"split {split} of {where.path}" if where.divided else where.path
-        skipped = "; ".join(f"{count} skipped: {reason}" for reason, count in tallies[split].skipped.items())
+        skipped = "; ".join(
+            f"{count} skipped: {reason}" for reason, count in tallies[split].told(tallies[split].skipped).items()
+        )
         wanted = f"files ending in {', '.join(IMAGE_SUFFIXES)}"
         if where.kind != FOLDER:
             wanted = "members like KEY.png with KEY.txt and KEY.cls"
@@ -183,10 +188,10 @@ def _contents(split: str, source: Source, tally: Tally) -> SplitContents:
         split=split,
         found=tally.found,
         used=len(source.samples),
-        skipped=dict(tally.skipped),
+        skipped=tally.told(tally.skipped),
         labelled=sum(label >= 0 for label in source.labels),
         classes=len(labels),
-        unlabelled=dict(tally.unlabelled),
+        unlabelled=tally.told(tally.unlabelled),
         captioned=sum(bool(sample.caption) for sample in source.samples),
         captions_from=", ".join(name for name, _ in tally.captions_from.most_common()),
         notes=tuple(tally.notes),
