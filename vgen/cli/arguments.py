@@ -64,6 +64,17 @@ def picture_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
+def margins(text: str) -> tuple[float, ...]:
+    """An argparse type: four margins left,top,right,bottom, or one for all; 16 is an int (pixels), 25% the float 0.25 (a share)."""
+    words = [word.strip() for word in text.split(",")]
+    if len(words) not in (1, 4) or not all(re.fullmatch(r"\d{1,6}|\d{1,4}(\.\d+)?%", word, re.ASCII) for word in words):
+        raise argparse.ArgumentTypeError(
+            f"expected LEFT,TOP,RIGHT,BOTTOM or one number, each in pixels (16) or as a share (25%), got {text!r}"
+        )
+    sides = tuple(float(word[:-1]) / 100 if word.endswith("%") else int(word) for word in words)
+    return sides if len(sides) == 4 else sides * 4
+
+
 def device(text: str) -> str:
     """An argparse type: the name of a device in torch's words; whether this machine has it says `usable_device`."""
     kind, colon, index = text.partition(":")

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgen.cli.arguments import device, number, usable_device, whole
+from vgen.cli.arguments import device, margins, number, usable_device, whole
 from vgen.errors import VgenError, nearest
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ EPILOG = """examples:
   vgen sample --prompt ghost --order raster           one token at a time; see `vgen orders` for all orders
   vgen sample --prompt ghost --order regions-4 --trace outputs/ghost.gif
   vgen sample --prompt "red heart" --init-image cat.png --mask white_is_new.png
+  vgen sample --prompt sunflower --init-image sunflower.png --outpaint 25%,50%,25%,0
   vgen sample --list-words                            the words a prompt may use
 
 Picture i of a run depends on --seed and i only, never on the batch size.
@@ -121,9 +122,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     how.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="0 to 4294967295 (default 0)")
     paint = parser.add_argument_group("in- and outpainting")
-    paint.add_argument("--init-image", type=Path, metavar="FILE", help="the picture to start from")
     paint.add_argument(
-        "--mask", type=Path, metavar="FILE", help="white areas are made anew, tokens under black areas stay"
+        "--init-image",
+        type=Path,
+        metavar="FILE",
+        help="the picture to start from; the centre of one that has another shape than the model's pictures",
+    )
+    paint.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="as large as the picture: white areas are made anew, what lies under black ones stays",
+    )
+    paint.add_argument(
+        "--outpaint",
+        type=margins,
+        metavar="L,T,R,B",
+        help="new margins left, top, right and bottom, in pixels of the picture (16) or as a share of its side (25%%); one number: "
+        "all four; 0: only what its shape lacks to that of the model's pictures, to which the whole is scaled",
+    )
+    paint.add_argument(
+        "--paste-back",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="what stays has the picture's own pixels, with a soft seam to what is new (default), else what the tokenizer makes of them",
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -205,6 +227,8 @@ def run(args: argparse.Namespace) -> None:
             order=order,
             init_image=args.init_image,
             mask=args.mask,
+            outpaint=args.outpaint,
+            paste_back=args.paste_back,
             callback=after_step,
             **settings,
         )

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from vgen.errors import VgenError
+from vgen.layers.pictures import Picture
 from vgen.layers.pixels import to_images
-from vgen.pipelines.inpainting import known_tokens
+from vgen.pipelines.inpainting import Painting, read_painting
 from vgen.samplers.choice import SamplingSettings, TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
@@ -235,8 +236,10 @@ class VisualPipeline(DiffusionPipeline):
         low_guidance_scale: float | None = None,
         low_substeps: int | str | None = None,
         seed: int = 0,
-        init_image: Image.Image | Path | str | None = None,
-        mask: Image.Image | Path | str | None = None,
+        init_image: Picture | None = None,
+        mask: Picture | None = None,
+        outpaint: Sequence[float] | None = None,
+        paste_back: bool = True,
         size: tuple[int, int] | None = None,
         callback: Callback | None = None,
     ) -> Iterator[Batch]:
@@ -246,6 +249,8 @@ class VisualPipeline(DiffusionPipeline):
         order: a name for `make_order` (with `order_options`) or an Order; steps: forward passes where the order leaves
         the count free; substeps: of every continuous token; low_*: of the small picture that some models make first, where
         the others are for the whole one; init_image and mask: white areas of the mask are made anew, tokens under black areas stay;
+        outpaint: new margins (left, top, right, bottom) around the init image, ints in its pixels, floats as shares of its sides
+        (`read_painting`); paste_back: what stays has the init image's own pixels, with a soft seam, instead of the tokenizer's;
         size: (height, width) of the pictures where the tokens leave it open (FlexTok; None: what the tokenizer was made for);
         callback(step, canvas) is called after every step. Picture i depends on (seed, i) only, not on `batch_size`, `first` or
         `skip`. Raises VgenError for anything that does not fit, before the first picture.
@@ -262,7 +267,7 @@ class VisualPipeline(DiffusionPipeline):
         choice = self._choice(temperature, top_k, top_p, substeps, low_substeps)
         order = self.make_order(order, steps, seed, order_options, low_steps)
         self.model.check_order(order)
-        known = known_tokens(self.tokenizer, self.grids, init_image, mask)
+        painting = read_painting(self.tokenizer, self.grids, init_image, mask, outpaint)
         shape = self._shape(size)
         # Ids take next to nothing: all are read before the first picture, so that a mistake in the last prompt is an error now.
         block = ENCODED if hasattr(self.model.vocabulary, "encoder") else len(subjects)
@@ -277,7 +282,9 @@ class VisualPipeline(DiffusionPipeline):
                 for at in range(0, len(wanted), batch_size):
                     places = torch.tensor(wanted[at : at + batch_size])
                     mine = part.take((places - start) // num_images)
-                    yield self._batch(first + places, mine, order, guidance, choice, seed, known, shape, callback)
+                    yield self._batch(
+                        first + places, mine, order, guidance, choice, seed, painting, paste_back, shape, callback
+                    )
 
         return batches()
 
@@ -290,18 +297,21 @@ class VisualPipeline(DiffusionPipeline):
         guidance: Guidance,
         choice: Any,
         seed: int,
-        known: tuple[Tensor, Tensor] | None,
+        painting: Painting | None,
+        paste_back: bool,
         shape: dict[str, tuple[int, int]],
         callback: Callback | None,
     ) -> Batch:
         """Decodes the pictures of these numbers [B]."""
-        canvas = self._canvas(samples, known)
+        canvas = self._canvas(samples, painting)
         conditions = [condition] if len(guidance.rows) == 1 else [condition, self.model.null(condition)]
         state = self.model.start(conditions, canvas)
         for step, _ in decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples)):
             if callback is not None:
                 callback(step, canvas)
         images = self.decode_tokens(canvas.values, condition, samples=samples, seed=seed, **shape)
+        if painting is not None and paste_back:
+            images = painting.paste(images)
         return Batch(samples.tolist(), images, canvas.values, condition, state.counters)
 
     def check_settings(self) -> None:
@@ -456,14 +466,13 @@ class VisualPipeline(DiffusionPipeline):
             return vocabulary.labels(subjects)
         raise VgenError("this model takes prompts and knows no classes; give a prompt")
 
-    def _canvas(self, samples: Tensor, known: tuple[Tensor, Tensor] | None) -> Canvas:
+    def _canvas(self, samples: Tensor, painting: Painting | None) -> Canvas:
         config = self.model.config
         codes = config.get("channels") is None or config.get("levels") is not None
         canvas = Canvas.blank(self.grids, samples, self.device, config.get("channels"), codes=codes)
-        if known is not None:
-            codes, stays = known
-            canvas.values[:, stays] = codes[stays]
-            canvas.known[:, stays] = True
+        if painting is not None:
+            canvas.values[:, painting.stays] = painting.tokens[painting.stays].to(canvas.values.dtype)
+            canvas.known[:, painting.stays] = True
         return canvas
 
 
