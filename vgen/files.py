@@ -123,6 +123,15 @@ def foreign_files(folder: str | Path, kind: str) -> list[str]:
     return [name for name in _names(folder) if name not in ours]
 
 
+def missing_files(folder: Path) -> list[str]:
+    """`"a.safetensors is missing"` for every file that the mark of a folder names and that is not there."""
+    try:
+        names = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
+        return [f"{name} is missing" for name in names if not (folder / name).exists()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def remove_folder(folder: Path, kind: str) -> bool:
     """Removes a folder of `kind` that vgen wrote. False, and nothing happens, where it is a link or holds anything else."""
     if folder.is_symlink() or foreign_files(folder, kind):

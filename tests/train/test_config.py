@@ -2,8 +2,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vgen.errors import VgenError
+from vgen.train import yaml12
 from vgen.train.config import check_common, differences, merge, parse_overrides, read_yaml, save_config, to_dict
 from vgen.train.system import SYSTEMS, load_config, system_module
 
@@ -39,10 +42,29 @@ def test_file_and_overrides_merge(tmp_path):
         (["optimizer.learning=1"], ["unknown key `optimizer.learning`", "lr"]),
         (["optimizer.warmup_step=1"], ["`optimizer.warmup_step`", "did you mean 'warmup_steps'"]),
         (["steps=many"], ["many", "steps"]),
-        (["optimizer.lr=[1]"], ["optimizer.lr"]),
+        (["optimizer.lr=[1]"], ["optimizer.lr must be a number, found [1]"]),
+        (["optimizer.lr=yes"], ["optimizer.lr must be a number, found 'yes'"]),
+        (["optimizer.lr=true"], ["optimizer.lr must be a number, found true"]),
+        (["optimizer.lr=.inf"], ["optimizer.lr must be a number, found .inf"]),
+        (["steps=12:30"], ["steps must be a whole number, found '12:30'"]),
+        (["steps=1_000"], ["steps must be a whole number, found '1_000'"]),
+        (["steps=true"], ["steps must be a whole number, found true"]),
+        (["steps=10.5"], ["steps must be a whole number, found 10.5"]),
+        (["steps="], ["steps must be a whole number, found null"]),
+        (["tensorboard=on"], ["tensorboard must be true or false, found 'on'"]),
+        (["tensorboard=0"], ["tensorboard must be true or false, found 0"]),
+        (["precision=off"], ["precision must be one of auto, fp32, bf16, found 'off'"]),
+        (["precision=false"], ["precision must be text, found false"]),
+        (["out=007"], ["out must be text, found 7", "quotes"]),
+        (["out=@home"], ["'out=@home' is not readable YAML", """'out="@home"'"""]),
+        (["out=${nowhere}"], ["nowhere"]),
+        (["optimizer.adamw_names=head"], ["optimizer.adamw_names must be a list ([…]), each text, found 'head'"]),
+        (["optimizer.milestones=[0.5, no]"], ["optimizer.milestones must be a list ([…]), each a number"]),
+        (["system=[tiny]"], ["unknown system ['tiny']"]),
+        (["steps=1", "steps.more=2"], ["steps is given a value and a setting of its own (steps.more=2)"]),
         (["optimizer=3"], ["optimizer is a group of settings", "found 3"]),
         (["steps=0"], ["steps must be above 0, found 0"]),
-        (["precision=fp16"], ["precision must be one of no, bf16", "'fp16'"]),
+        (["precision=fp16"], ["precision must be one of auto, fp32, bf16", "'fp16'"]),
         (["optimizer.schedule=cosin"], ["optimizer.schedule", "did you mean 'cosine'"]),
         (["optimizer.beta2=1.0"], ["optimizer.beta2 must lie in [0, 1)"]),
         (["ema_decay=1"], ["ema_decay"]),
@@ -59,6 +81,57 @@ def test_errors_say_what_is_wrong(tmp_path, overrides, words):
         load_config(path, overrides)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("word", ["no", "No", "off", "on", "yes", "y", "N", "12:30", "2026-11-28", "1:2:3", "=", "0b1"])
+def test_words_stay_words(tmp_path, word):
+    """In files and in overrides; YAML 1.1 makes truth values, numbers, dates of them."""
+    path = tmp_path / "c.yaml"
+    path.write_text(f"version: 1\nsystem: tiny\nout: {word}\nsteps: 10\n", encoding="utf-8")
+    assert load_config(path).out == word
+    assert load_config(path, ["out=run", f"out={word}"]).out == word
+
+
+def test_numbers_are_numbers(tmp_path):
+    text = "version: 1\nsystem: tiny\nout: run\nsteps: 0010\noptimizer: {lr: 1e-3, eps: 1E-9, weight_decay: 1, beta1: .5}\n"
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    config = load_config(tmp_path / "c.yaml", ["seed=0x10", "dropout=5e-1", "threads=+2"])
+    found = config.optimizer
+    assert (config.steps, config.seed, config.threads) == (10, 16, 2)
+    assert (found.lr, found.eps, found.weight_decay, found.beta1, config.dropout) == (1e-3, 1e-9, 1.0, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("text", ["precision: no", "precision: 'no'", 'precision: "no"'])
+def test_precision_no_is_the_old_name_of_fp32(tmp_path, text):
+    path = write(tmp_path / "c.yaml", GOOD)
+    path.write_text(path.read_text(encoding="utf-8") + text + "\n", encoding="utf-8")
+    assert load_config(path).precision == "fp32"
+    assert load_config(path, ["precision=no"]) == load_config(path, ["precision=fp32"])
+
+
+def test_a_key_that_comes_twice_is_an_error(tmp_path):
+    (tmp_path / "c.yaml").write_text("steps: 1\nout: run\nsteps: 2\n", encoding="utf-8")
+    with pytest.raises(VgenError, match=r"not readable YAML.*'steps' comes twice"):
+        read_yaml(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("5: 1\n", encoding="utf-8")
+    with pytest.raises(VgenError, match="key 5 is no word"):
+        read_yaml(tmp_path / "c.yaml")
+
+
+@settings(deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+    | st.sampled_from(
+        ["1e-3", "0o7", "0x1F", "no", "null", "~", ".5", "1.", "+.inf", "12:30", "1_0", "2026-11-28", "<<"]
+    )
+)
+def test_what_is_dumped_is_read_as_the_same_by_both_versions(value):
+    text = yaml12.dump(value)
+    assert yaml12.load(text) == value
+    assert yaml.safe_load(text) == value
 
 
 def test_missing_values_and_files(tmp_path):

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vgen.errors import VgenError
 from vgen.train import loop
@@ -143,7 +144,7 @@ def test_stop_signal_saves_and_says_how_to_go_on(tmp_path, uninterrupted):
     wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists(), process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    assert process.returncode == 143, errors
     (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
     assert saved.step < 40
     assert f"stopped by SIGTERM after step {saved.step} of 40, saved; run the same command again" in errors
@@ -182,12 +183,54 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert [c.step for c in checkpoints(tmp_path / "run" / "checkpoints")][-1] == 14
 
 
-def test_damaged_checkpoint_is_one_clear_sentence(tmp_path):
+def damage(folder: Path, how: str) -> None:
+    state, weights = folder / "state.json", folder / "regressor.safetensors"
+    {
+        "empty": lambda: state.write_text(""),
+        "other step": lambda: state.write_text('{"step": 3}'),
+        "list": lambda: state.write_text("[]"),
+        "no state": state.unlink,
+        "no file": weights.unlink,
+        "weights": lambda: weights.write_bytes(weights.read_bytes()[:-9]),
+        "optimizer": lambda: os.truncate(folder / "critic.optimizer.pt", 500),
+    }[how]()
+
+
+@pytest.mark.parametrize("how", ["empty", "other step", "list", "no state", "no file", "weights", "optimizer"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, uninterrupted, capsys, how):
+    train(config_of(tmp_path))
+    folder = tmp_path / "run" / "checkpoints"
+    damage(folder / "step_00000040", how)
+    assert 40 not in [c.step for c in checkpoints(folder)]
+    assert train(config_of(tmp_path)).finished
+    errors = capsys.readouterr().err
+    assert re.search(r"step_00000040 is damaged \(.+\) and is not used; it is now step_00000040.damaged\n", errors)
+    assert "continues after step 35" in errors
+    assert final_state(tmp_path) == final_state(uninterrupted)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 40
+    assert (folder / "step_00000040.damaged").is_dir()
+
+
+def test_without_a_whole_checkpoint_nothing_starts_anew_by_itself(tmp_path):
     train(config_of(tmp_path, "steps=3"))
     (newest,) = checkpoints(tmp_path / "run" / "checkpoints")
     (newest.folder / "regressor.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(VgenError, match=r"step_00000003 does not fit this config or is damaged"):
+    with pytest.raises(
+        VgenError, match=r"no checkpoint in .* can be read \(step_00000003: .*\); restore one, or delete"
+    ):
         train(config_of(tmp_path, "steps=3"))
+    assert newest.folder.is_dir()
+
+
+def test_weights_of_another_model_are_one_clear_sentence(tmp_path):
+    train(config_of(tmp_path, "steps=3"))
+    (newest,) = checkpoints(tmp_path / "run" / "checkpoints")
+    save_file({"0.weight": torch.zeros(3)}, newest.folder / "regressor.safetensors")
+    saved = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(VgenError, match=r"step_00000003 does not fit this config"):
+        train(config_of(tmp_path, "steps=3", "optimizer.lr=9"), allow_changes=True)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == saved
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):

@@ -14,7 +14,20 @@ EPILOG = """examples:
   ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m vgen.train configs/emoji/anyorder.yaml   several CPU processes
 
 Settings (key=value) stand right behind CONFIG, options before it or after them.
-Ctrl-C finishes the step, saves and stops; the same command continues with bit-identical results."""
+Ctrl-C finishes the step, saves and stops; the same command continues with bit-identical results.
+Exit codes: 0 when all steps are done and the model is written, 130 after Ctrl-C, 143 after SIGTERM, 124 after
+time_limit_minutes, 2 for bad input: `vgen train … && vgen tokenize …` goes on with finished models only."""
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses, before torch is imported, what no look at the data is needed for."""
+    from vgen.files import check_folder
+    from vgen.train.config import parse_overrides, read_yaml
+
+    read_yaml(args.config)
+    parse_overrides(args.overrides)
+    if args.export:
+        check_folder(args.export)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Checks the config, then trains, exports or reports."""
+    """Checks the config, then trains, exports or reports. Leaves with the exit code of a training that was stopped."""
     from vgen.train.loop import describe, export_checkpoint, train
     from vgen.train.system import load_config
 
@@ -55,4 +68,6 @@ def run(args: argparse.Namespace) -> None:
         checkpoint = export_checkpoint(config, args.checkpoint, args.export, args.dtype)
         print(f"wrote the model of step {checkpoint.step} to {args.export}")
     else:
-        train(config, allow_changes=args.allow_changes)
+        summary = train(config, allow_changes=args.allow_changes)
+        if summary.exit_code:
+            raise SystemExit(summary.exit_code)

@@ -2,13 +2,20 @@
 
 step_*/ holds `<network>.safetensors` (weights and buffers), `<network>.average.safetensors` (fp32 moving average), `<network>.optimizer.pt` and
 `state.json`. Folders are written under a temporary name and renamed, so "the latest checkpoint" is the complete folder with the highest step.
+
+Saving is neutral: it reads, and a run with many checkpoints has the weights of a run with none. torch's own `get_optimizer_state_dict`
+is not: it takes a step with every optimizer that has no state yet (a discriminator that starts late).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +23,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vgen.errors import VgenError
-from vgen.files import atomic_folder, remove_folder
+from vgen.files import atomic_folder, missing_files, remove_folder
 from vgen.train.optim import Average
 
 KIND = "checkpoint"  # of the folders, see vgen/files.py
 _NAME = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"\.step_\d{8,}(-\w{8})?")
+# pickle's errors: what torch.load raises for a file cut short
+_UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError)
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -57,14 +64,53 @@ class Checkpoint:
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints in a `checkpoints/` folder, oldest first."""
+    """The complete checkpoints in a `checkpoints/` folder, oldest first. Damaged ones are left out, see `damaged`."""
     found = []
-    for path in folder.glob("step_*") if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and (path / "state.json").is_file():
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            found.append(Checkpoint(path, int(match[1]), state))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    for step, path in _folders(folder):
+        if isinstance(state := _read_state(path, step), dict):
+            found.append(Checkpoint(path, step, state))
+    return found
+
+
+def damaged(folder: Path) -> dict[Path, str]:
+    """The checkpoints in a `checkpoints/` folder that cannot be read, and why: a disk that was full, a copy that broke off."""
+    found = {}
+    for step, path in _folders(folder):
+        if isinstance(state := _read_state(path, step), str):
+            found[path] = state
+    return found
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that its step can be saved again; returns the new path."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    target = next(name for name in names if not os.path.lexists(name))
+    path.rename(target)
+    return target
+
+
+def _folders(folder: Path) -> list[tuple[int, Path]]:
+    named = [(_NAME.fullmatch(path.name), path) for path in (folder.glob("step_*") if folder.is_dir() else ())]
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+
+
+def _read_state(path: Path, step: int) -> dict[str, Any] | str:
+    """The content of state.json, or what is wrong with a checkpoint: of its weights only the descriptions are read."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, "pt"):  # compares the size of the file with what its header says
+                pass
+        cut = [file.name for file in path.glob("*.pt") if not zipfile.is_zipfile(file)]
+    except FileNotFoundError:
+        return "state.json is missing"
+    except (OSError, ValueError, SafetensorError) as error:
+        return _brief(error) or type(error).__name__
+    if missing := [*missing_files(path), *(f"{name} is cut short" for name in cut)]:
+        return missing[0]
+    if not isinstance(state, dict) or state.get("step") != step:
+        return f"state.json does not describe step {step}"
+    return state
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -84,7 +130,7 @@ def save(
     for name, trainee in trainees.items():  # collective calls: every process takes part
         module = accelerator.unwrap_model(trainee.network)
         tensors[name] = whole_weights(accelerator, trainee)
-        optimizers[name] = get_optimizer_state_dict(module, list(trainee.optimizers), options=_WHOLE)
+        optimizers[name] = {"state": optimizer_state(module, trainee.optimizers)}
         if trainee.average:
             tensors[f"{name}.average"] = {key: whole(value).cpu() for key, value in trainee.average.values.items()}
     if accelerator.is_main_process and not target.exists():
@@ -111,15 +157,47 @@ def load(accelerator: Accelerator, checkpoint: Checkpoint, trainees: Mapping[str
             set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True, strict=True))
             # weights_only: optimizer states are tensors and plain numbers, never code.
             state = torch.load(checkpoint.folder / f"{name}.optimizer.pt", weights_only=True, map_location="cpu")
-            options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(module, list(trainee.optimizers), state, options=options)
+            load_optimizer_state(module, trainee.optimizers, state["state"])
             if trainee.average:
                 load_average(checkpoint, name, trainee.average)
-        except (OSError, RuntimeError, KeyError, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise VgenError(
                 f"checkpoint {checkpoint.folder} does not fit this config or is damaged ({_brief(error)}); "
                 "choose another `out=` folder or delete that checkpoint"
             ) from error
+
+
+def optimizer_state(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
+    """name of a parameter -> its state ("exp_avg", "momentum_buffer", "step" …) on the CPU; without a state, it is absent.
+
+    Changes nothing. Collective where parameters are sharded.
+    """
+    states = {}
+    for name, parameter in module.named_parameters():
+        for optimizer in optimizers:
+            if found := optimizer.state.get(parameter):
+                states[name] = {key: whole(value).cpu().clone() for key, value in found.items()}
+    return states
+
+
+def load_optimizer_state(
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], states: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Puts `optimizer_state` back; parameters it does not name start without one. Learning rates and such stay the config's.
+
+    Raises KeyError for the state of a parameter that no optimizer has, RuntimeError for one of another shape.
+    """
+    parameters = dict(module.named_parameters())
+    if unknown := states.keys() - parameters.keys():
+        raise KeyError(f"optimizer state of {min(unknown)}, which is no parameter")
+    for optimizer in optimizers:
+        numbers = {id(p): n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+        content = {
+            numbers[id(parameters[name])]: {key: _placed(value, parameters[name]) for key, value in state.items()}
+            for name, state in states.items()
+            if id(parameters[name]) in numbers
+        }
+        optimizer.load_state_dict({"state": content, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def load_average(checkpoint: Checkpoint, name: str, average: Average) -> None:
@@ -150,6 +228,17 @@ def whole_weights(accelerator: Accelerator, trainee: Trainee) -> dict[str, Tenso
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without its gradient history, gathered when it is sharded (then collective)."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _placed(value: Tensor, parameter: Tensor) -> Tensor:
+    """One tensor of a parameter's state: sharded as the parameter is, unless it is a counter."""
+    if value.dim() == 0:
+        return value
+    if value.shape != parameter.shape:
+        raise RuntimeError(f"optimizer state of shape {list(value.shape)} for a parameter {list(parameter.shape)}")
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value
 
 
 def _fill(target: Tensor, value: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vgen.errors import VgenError, nearest
 from vgen.files import atomic_path
+from vgen.train import yaml12
 
 C = TypeVar("C")
 VERSION = 1
-PRECISIONS = ("no", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "multistep")
 
@@ -63,7 +66,9 @@ class TrainConfig:
     batch_size: int = 32  # per process and forward pass
     accumulate: int = 1  # forward passes per optimizer step
     seed: int = 0
-    precision: str = "no"  # no (fp32) or bf16 (autocast, fp32 weights)
+    precision: str = (
+        "fp32"  # fp32, bf16 (autocast, fp32 weights), or auto: bf16 where the hardware has instructions for it
+    )
     threads: int = 0  # CPU threads per process; 0: torch decides
     channels_last: bool = False
     ema_decay: float = 0.999  # 0: no averaging
@@ -91,20 +96,35 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise VgenError(f"there is no config file {path}; configs are YAML files such as configs/emoji/tokenizer.yaml")
     try:
-        content = OmegaConf.load(path)
+        content = yaml12.load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise VgenError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(content):
+    if not isinstance(content, dict):
         raise VgenError(f"{path} must hold a mapping of settings, found {type(content).__name__}")
-    return OmegaConf.to_container(content)  # type: ignore[return-value]
+    return content
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`["steps=10", "optimizer.lr=1e-4"]` -> nested dict, values parsed as YAML."""
+    """`["steps=10", "optimizer.lr=1e-4"]` -> nested dict, values parsed as YAML 1.2; of two values of one key the later one counts."""
+    parsed: dict[str, Any] = {}
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise VgenError(f"expected overrides of the form key=value (e.g. optimizer.lr=1e-4), found {override!r}")
-    return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+        key, _, text = override.partition("=")
+        try:
+            value = yaml12.load(text)
+        except yaml.YAMLError as error:
+            raise VgenError(
+                f"the value of {override!r} is not readable YAML ({getattr(error, 'problem', error)}); put quotes around it: "
+                f"""'{key}="{text}"'"""
+            ) from error
+        *groups, name = key.split(".")
+        group = parsed
+        for part in groups:
+            group = group.setdefault(part, {})
+            require(isinstance(group, dict), f"{part} is given a value and a setting of its own ({override})")
+        group[name] = value
+    return parsed
 
 
 def merge(schema: type[C], *layers: Mapping[str, Any]) -> C:
@@ -113,17 +133,18 @@ def merge(schema: type[C], *layers: Mapping[str, Any]) -> C:
     Raises VgenError for an unknown key (naming the nearest known one), a wrong type, or a missing required value.
     """
     merged = OmegaConf.structured(schema)
-    for layer in layers:
-        _refuse_unknown(schema, layer, "")
+    for layer in map(_renamed, layers):
+        _refuse_unfit(schema, layer, "")
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(dict(layer)))
         except OmegaConfBaseException as error:
-            where = f" at `{error.full_key}`" if getattr(error, "full_key", None) else ""
-            raise VgenError(f"config: {str(error).splitlines()[0]}{where}") from error
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise VgenError(f"config: {', '.join(missing)} must be set")
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+            raise _in_a_sentence(error) from error
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        require(not missing, f"{', '.join(missing)} must be set")
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:  # ${…} that leads nowhere
+        raise _in_a_sentence(error) from error
 
 
 def require(condition: bool, message: str) -> None:
@@ -199,7 +220,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML, in the order of the dataclass."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml12.dump(to_dict(config))
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -225,16 +246,67 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _refuse_unknown(schema: type, layer: Mapping[str, Any], prefix: str) -> None:
+def _in_a_sentence(error: OmegaConfBaseException) -> VgenError:
+    where = f" at `{error.full_key}`" if getattr(error, "full_key", None) else ""
+    return VgenError(f"config: {str(error).splitlines()[0]}{where}")
+
+
+def _renamed(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A layer of a config in today's words: precision fp32 was called `no`."""
+    return {**layer, "precision": "fp32"} if layer.get("precision") == "no" else layer
+
+
+def _refuse_unfit(schema: type, layer: Mapping[str, Any], prefix: str) -> None:
+    """Raises VgenError for keys that `schema` lacks and values of another type: nothing is converted, so nothing is guessed."""
     hints = typing.get_type_hints(schema)
     for key, value in layer.items():
         if key not in hints:
             raise VgenError(
                 f"config: unknown key `{prefix}{key}`{nearest(str(key), hints)}; known here: {', '.join(hints)}"
             )
-        if dataclasses.is_dataclass(hints[key]):
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
             require(
                 isinstance(value, Mapping),
                 f"{prefix}{key} is a group of settings (`{prefix}{key}.KEY`), found {value!r}",
             )
-            _refuse_unknown(hints[key], value, f"{prefix}{key}.")
+            _refuse_unfit(hint, value, f"{prefix}{key}.")
+        elif not _fits(value, hint):
+            quote = f""" (put quotes around it: '{key}="{value}"')""" if hint is str and value is not None else ""
+            require(False, f"{prefix}{key} must be {_in_words(hint)}, found {_as_yaml(value)}{quote}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, str) and "${" in value:
+        return True  # OmegaConf puts in what it stands for, and checks that
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is typing.Literal:
+        return value in parts
+    if kind in (list, tuple):
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if kind is dict or hint is typing.Any:
+        return hint is typing.Any or isinstance(value, Mapping)
+    if hint is float:  # a whole number is one; a switch is not, and nothing infinite trains
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def _in_words(hint: Any) -> str:
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, parts))
+    if kind in (list, tuple):
+        return f"a list ([…]), each {_in_words(parts[0])}"
+    return _WORDS.get(hint, "a group of settings" if kind is dict else str(hint))
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as a config would say it: true, null, 'text'."""
+    return repr(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]

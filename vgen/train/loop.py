@@ -7,6 +7,7 @@ of the step, and a checkpoint holds weights, averages and optimizer states. Noth
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import threading
@@ -18,34 +19,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 
 from vgen.errors import VgenError
-from vgen.files import atomic_folder, atomic_path, check_folder
+from vgen.files import atomic_folder, atomic_path, check_folder, sole_user
 from vgen.train.checkpoint import (
     Checkpoint,
     Trainee,
     checkpoints,
+    damaged,
     load,
     prune,
     remove_leftovers,
     save,
+    set_aside,
     whole,
     whole_weights,
 )
 from vgen.train.config import TrainConfig, differences, merge, read_yaml, save_config, to_dict, to_yaml
 from vgen.train.log import RunLog
 from vgen.train.optim import Average, learning_rate, make_optimizers
-from vgen.train.seeds import derived_seed, step_generator
-from vgen.train.system import Loss, System, build_system
+from vgen.train.precision import MIXED, SLOWER, bf16_reason, has_bf16, resolved
+from vgen.train.seeds import derived_seed, kept_draws, step_generator
+from vgen.train.system import SYSTEMS, Loss, System, build_system
+
+RUN_FILES = ("config.yaml", "log.jsonl", "tensorboard", "previews", "checkpoints", "model")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a call of `train` ended. steps: optimizer steps done in the run's life; finished: all of them; model: exported folder."""
+    """How a call of `train` ended. steps: optimizer steps done in the run's life; finished: all of them; model: exported folder.
+
+    exit_code: what a shell is told, so that `vgen train … && vgen tokenize …` stops with it: 128 + the signal (130: Ctrl-C, 143: SIGTERM),
+    124 for the time limit (as timeout(1)), else 0.
+    """
 
     folder: Path
     steps: int
@@ -53,23 +63,24 @@ class Summary:
     seconds: float
     figures: dict[str, float]
     model: Path | None
+    exit_code: int
 
 
 class Trainer:
     """A system with everything around it, for one process."""
 
-    def __init__(self, config: TrainConfig, allow_changes: bool = False):
+    def __init__(self, config: TrainConfig):
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config = config
-        self.folder = Path(config.out)
         AcceleratorState._reset_state()  # one process may train several systems in turn (notebooks, tests)
+        self.config = config = resolved(config, _processes().device)
+        self.folder = Path(config.out)
         # find_unused_parameters stays off: an objective must use its whole network. Buffers follow the main process.
         self.accelerator = Accelerator(
-            mixed_precision=config.precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)]
+            mixed_precision=MIXED[config.precision],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)],
         )
         self.main = self.accelerator.is_main_process
-        _check_same_run(self.folder / "config.yaml", config, allow_changes)
         torch.manual_seed(derived_seed(config.seed, "initialisation"))
         self.system: System = build_system(config, self.accelerator.device)
         if self.accelerator.is_fsdp2 and len(self.system.networks) > 1:
@@ -98,13 +109,13 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's state back."""
         load(self.accelerator, checkpoint, self.trainees)
-        self.figures = {key: value for key, value in checkpoint.state.items() if key not in ("step", "score")}
+        self.figures = {key: v for key, v in checkpoint.state.items() if key not in ("step", "score", "made_with")}
 
     def save(self, step: int, score: float | None) -> Path:
         """Writes a checkpoint after `step` steps and drops old ones."""
-        path = save(
-            self.accelerator, self.folder / "checkpoints", step, self.trainees, {"score": score, **self.figures}
-        )
+        made_with = {"processes": self.world, "device": self.accelerator.device.type}
+        state = {"score": score, **self.figures, "made_with": made_with}
+        path = save(self.accelerator, self.folder / "checkpoints", step, self.trainees, state)
         if self.main:
             prune(self.folder / "checkpoints", self.config.keep, self.system.score[1] if self.system.score else 0)
         return path
@@ -121,17 +132,21 @@ class Trainer:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Averaged weights in place, networks in evaluation mode, no gradients."""
-        with ExitStack() as stack:
-            for trainee in self.trainees.values():
-                trainee.network.eval()
-                if trainee.average:
-                    stack.enter_context(trainee.average.applied())
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(self.accelerator.autocast())
-            yield
-        for trainee in self.trainees.values():
-            trainee.network.train()
+        """Averaged weights in place, networks in evaluation mode, no gradients; afterwards all is as it was: looking changes nothing."""
+        modes = {module: module.training for t in self.trainees.values() for module in t.network.modules()}
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(kept_draws(self.accelerator.device))
+                for trainee in self.trainees.values():
+                    trainee.network.eval()
+                    if trainee.average:
+                        stack.enter_context(trainee.average.applied())
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(self.accelerator.autocast())
+                yield
+        finally:
+            for module, training in modes.items():  # not network.train(): frozen parts stay in evaluation mode
+                module.training = training
 
     def evaluate(self, step: int, log: RunLog) -> float | None:
         """Held-out figures after `step` steps, logged; returns the score that ranks checkpoints."""
@@ -150,8 +165,8 @@ class Trainer:
         """
         if self.accelerator.is_fsdp2:
             return None
-        torch.manual_seed(derived_seed(self.config.seed, "preview"))
         with self.averaged_weights():
+            torch.manual_seed(derived_seed(self.config.seed, "preview"))
             try:
                 picture = self.system.preview(step)
             except VgenError as error:
@@ -232,7 +247,7 @@ class Watch:
                     )
                     raise VgenError(
                         f"{key} became {value} at step {step + 1} and training stopped; {rescue}. Lower the learning rate, "
-                        "lengthen the warm-up, or use precision=no"
+                        "lengthen the warm-up, or use precision=fp32"
                     )
                 sums[key] = sums.get(key, 0.0) + value
                 counts[key] = counts.get(key, 0) + 1
@@ -269,22 +284,30 @@ def train(config: TrainConfig, allow_changes: bool = False) -> Summary:
     config: from `load_config`. allow_changes: continue a run although settings that change its weights differ.
     Raises VgenError for a run folder of another config, a broken checkpoint, or a loss that is not finite.
     """
-    started = time.monotonic()
-    check_folder(Path(config.out) / "model")
-    trainer = Trainer(config, allow_changes)
+    with _alone(Path(config.out)):
+        return _train(config, allow_changes)
+
+
+def _train(config: TrainConfig, allow_changes: bool) -> Summary:
+    started, asked = time.monotonic(), config
+    config = resolved(config, _processes().device)
+    newest = _resume_point(config, allow_changes)
+    trainer = Trainer(config)
     system, folder, main = trainer.system, trainer.folder, trainer.main
-    found = checkpoints(folder / "checkpoints")
-    newest = found[-1] if found else None
-    if main:
-        remove_leftovers(folder / "checkpoints")
-        save_config(config, folder / "config.yaml")
     if newest:
         trainer.restore(newest)
     first = newest.step if newest else 0
     log = RunLog(folder, first, config.steps, system.items, config.tensorboard, main)
-    log.say(_opening(trainer, first))
+    log.say(_opening(trainer, first, asked.precision))
+    for warning in _warnings(trainer, newest, asked.precision):
+        log.say(f"warning: {warning}")
+    if main:
+        for path, why in damaged(folder / "checkpoints").items():
+            log.say(f"warning: {path} is damaged ({why}) and is not used; it is now {set_aside(path).name}")
+        remove_leftovers(folder / "checkpoints")
+        save_config(config, folder / "config.yaml")
     last_checkpoint, saved_at, looked_at = newest.folder if newest else None, time.monotonic(), time.monotonic()
-    looked_step, done, reason = first, first, None
+    looked_step, done, reason, exit_code = first, first, None, 0
     batches = system.batches(first * config.accumulate, trainer.rank, trainer.world)
 
     with StopRequest() as request:
@@ -299,13 +322,12 @@ def train(config: TrainConfig, allow_changes: bool = False) -> Summary:
 
             over = config.time_limit_minutes and time.monotonic() - started > 60 * config.time_limit_minutes
             minutes = (time.monotonic() - saved_at) / 60
-            stop, due = _agree(
-                trainer.accelerator,
-                bool(request.signal or over),
-                bool(config.checkpoint_minutes and minutes >= config.checkpoint_minutes),
-            )
-            reason = (request.signal.name if request.signal else "the time limit") if stop else None
-            ends = done == config.steps or stop
+            due = config.checkpoint_minutes and minutes >= config.checkpoint_minutes
+            number, over, due = _agree(trainer.accelerator, request.signal or 0, bool(over), bool(due))
+            if number or over:
+                reason = signal.Signals(number).name if number else "the time limit"
+                exit_code = 128 + number if number else 124
+            ends = done == config.steps or reason
             evaluating = bool(config.evaluate_every) and (_due(config.evaluate_every, done) or done == config.steps)
             previewing = bool(config.preview_every) and (_due(config.preview_every, done) or done == config.steps)
             # An evaluated step is saved, so that the best checkpoint can be kept.
@@ -329,6 +351,7 @@ def train(config: TrainConfig, allow_changes: bool = False) -> Summary:
 
     log.close()
     finished = done == config.steps
+    exit_code = 0 if finished and exit_code == 124 else exit_code
     model = folder / "model" if finished else None
     if model and (first < config.steps or not model.exists()):
         trainer.export(model)
@@ -336,11 +359,12 @@ def train(config: TrainConfig, allow_changes: bool = False) -> Summary:
     if main:
         print(_closing(trainer, done, seconds, reason, model), file=sys.stderr)
     trainer.accelerator.end_training()
-    return Summary(folder, done, finished, seconds, trainer.figures, model)
+    return Summary(folder, done, finished, seconds, trainer.figures, model, exit_code)
 
 
 def describe(config: TrainConfig) -> str:
     """The resolved config as YAML and the parameter counts; the data is opened, nothing is trained or written."""
+    config = resolved(config, _processes().device)
     system = build_system(config, torch.device("cpu"))
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in system.networks.items()}
     return "\n".join([to_yaml(config).rstrip(), *(f"# {name}: {count:,} parameters" for name, count in counts.items())])
@@ -352,10 +376,10 @@ def export_checkpoint(config: TrainConfig, which: str, target: Path, dtype: str 
     which: "last", "best", or a step number; dtype: float32, float16 or bfloat16, for the exported weights.
     """
     check_folder(target)
-    trainer = Trainer(config, allow_changes=True)
-    found = checkpoints(trainer.folder / "checkpoints")
+    found = checkpoints(Path(config.out) / "checkpoints")
     if not found:
-        raise VgenError(f"{trainer.folder} has no checkpoint yet; train first: vgen train CONFIG")
+        raise VgenError(f"{config.out} has no checkpoint yet; train first: vgen train CONFIG")
+    trainer = Trainer(config)
     by_name = {str(checkpoint.step): checkpoint for checkpoint in found} | {"last": found[-1]}
     scored = [checkpoint for checkpoint in found if checkpoint.state.get("score") is not None]
     if trainer.system.score and scored:
@@ -371,12 +395,17 @@ def _due(every: int, step: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _agree(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
-    """A flag raised by any process is raised in all: clocks and signals differ, collective calls must not."""
+def _processes() -> PartialState:
+    """The processes of this training and the device of this one, as the Accelerator will see them."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def _agree(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
+    """The largest that any process has of every value: clocks and signals differ, what the processes do then must not."""
     if accelerator.num_processes == 1:
-        return flags
-    raised = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device))
-    return tuple(bool(value) for value in raised.tolist())
+        return values
+    mine = torch.tensor([values], device=accelerator.device)
+    return tuple(accelerator.gather(mine).amax(dim=0).tolist())
 
 
 def _accumulate(logs: dict[str, Tensor], loss: Loss, key: str, parts: int) -> None:
@@ -385,15 +414,75 @@ def _accumulate(logs: dict[str, Tensor], loss: Loss, key: str, parts: int) -> No
         logs[name] = logs[name] + value if name in logs else value
 
 
-def _check_same_run(path: Path, config: TrainConfig, allow_changes: bool) -> None:
-    if not path.is_file() or allow_changes:
-        return
-    if (system := read_yaml(path).get("system")) != config.system:
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within the block no other training can use `folder`; the processes of one training share the main one's lock."""
+    _check_run_folder(folder)
+    state, trouble = _processes(), None
+    with ExitStack() as stack:
+        if state.is_main_process:
+            try:
+                stack.enter_context(sole_user(folder, "training"))
+            except VgenError as error:
+                trouble = error
+        refused = [trouble is not None]
+        if state.num_processes > 1:
+            broadcast_object_list(refused)
+        if refused[0]:
+            raise trouble or SystemExit(2)  # one process says it
+        yield
+
+
+def _check_run_folder(folder: Path) -> None:
+    """Raises VgenError where training would write over something that no training wrote."""
+    present = [name for name in RUN_FILES if os.path.lexists(folder / name)]
+    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    if present and not {"system", "version", "out"} <= config.keys():
         raise VgenError(
-            f"{path.parent} holds a run of system {system}, not {config.system}; choose another out= folder"
+            f"{folder} holds {', '.join(present)} and no config.yaml of a vgen run, so they are not ours to replace; "
+            "nothing was changed: choose another out= folder, or move them away"
         )
+    check_folder(folder / "model")
+
+
+def _resume_point(config: TrainConfig, allow_changes: bool) -> Checkpoint | None:
+    """The checkpoint that training continues from, None for a new run. Raises VgenError when it cannot, or with other results."""
+    folder = Path(config.out)
+    found, broken = checkpoints(folder / "checkpoints"), damaged(folder / "checkpoints")
+    if broken and not found:
+        path, why = next(iter(broken.items()))
+        raise VgenError(
+            f"no checkpoint in {path.parent} can be read ({path.name}: {why}); restore one, or delete them to start anew"
+        )
+    newest = found[-1] if found else None
+    if newest and newest.step > config.steps:
+        raise VgenError(
+            f"{folder} has done {newest.step} steps already, more than steps={config.steps}: there is nothing to train; "
+            "raise steps, or write a model with --export FOLDER --checkpoint STEP"
+        )
+    _check_same_run(folder / "config.yaml", config, allow_changes)
+    processes = newest.state.get("made_with", {}).get("processes", 1) if newest else 1
+    if newest and "made_with" in newest.state and processes != _processes().num_processes and not allow_changes:
+        raise VgenError(
+            f"{folder} was trained by {processes} process(es) and now there are {_processes().num_processes}, which gives other "
+            f"batches and draws; start {processes}, or continue it with --allow-changes"
+        )
+    return newest
+
+
+def _check_same_run(path: Path, config: TrainConfig, allow_changes: bool) -> None:
+    if not path.is_file():
+        return
+    saved = read_yaml(path)
+    # Systems may have had another name: what matters is what trains them.
+    if SYSTEMS.get(saved.get("system")) != SYSTEMS[config.system]:
+        raise VgenError(
+            f"{path.parent} holds a run of system {saved.get('system')}, not {config.system}; choose another out= folder"
+        )
+    if allow_changes:
+        return
     # Merged onto today's defaults: a setting that vgen gained since then is no difference.
-    changed = differences(to_dict(merge(type(config), read_yaml(path))), to_dict(config))
+    changed = differences(to_dict(merge(type(config), saved)), to_dict(config))
     if changed:
         raise VgenError(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}); choose another out= folder, delete it, "
@@ -401,17 +490,30 @@ def _check_same_run(path: Path, config: TrainConfig, allow_changes: bool) -> Non
         )
 
 
-def _opening(trainer: Trainer, first: int) -> str:
+def _opening(trainer: Trainer, first: int, asked: str) -> str:
     config = trainer.config
     sizes = ", ".join(
         f"{name} {sum(p.numel() for p in t.network.parameters()) / 1e6:.2f} M" for name, t in trainer.trainees.items()
     )
     rows = config.batch_size * config.accumulate * trainer.world
     start = f"continues after step {first}" if first else "starts"
+    device = trainer.accelerator.device
+    why = f" (auto: {bf16_reason(device)})" if asked == "auto" else ""
     return (
         f"{config.system} {start} in {trainer.folder}: {sizes} parameters, {rows} {trainer.system.items} a step, "
-        f"{trainer.accelerator.device.type} x {trainer.world}, precision {config.precision}, {torch.get_num_threads()} threads"
+        f"{device.type} x {trainer.world}, precision {config.precision}{why}, {torch.get_num_threads()} threads"
     )
+
+
+def _warnings(trainer: Trainer, newest: Checkpoint | None, asked: str) -> Iterator[str]:
+    """What the user should know before hours go by."""
+    device = trainer.accelerator.device
+    if asked == "bf16" and not has_bf16(device):
+        yield f"precision=bf16, but {bf16_reason(device)}: {SLOWER}; precision=auto chooses by the hardware"
+    now = {"processes": trainer.world, "device": device.type}
+    before = newest.state.get("made_with", now) if newest else now
+    if changed := [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]:
+        yield f"this run continues elsewhere ({', '.join(changed)}): its results are not those of an undisturbed run"
 
 
 def _closing(trainer: Trainer, done: int, seconds: float, reason: str | None, model: Path | None) -> str:

@@ -6,7 +6,11 @@ No generator state has to be saved, so a run that restarts at step s draws exact
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -21,3 +25,15 @@ def step_generator(seed: int, *parts: int | str, device: torch.device | str = "c
     value = derived_seed(seed, *parts)
     torch.manual_seed(value)
     return torch.Generator(device=device).manual_seed(value)
+
+
+@contextmanager
+def kept_draws(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn within the block, from torch's, numpy's or Python's global generators, what follows draws as if it had not been."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

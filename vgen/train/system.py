@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 
 from vgen.errors import VgenError, nearest
 from vgen.train.config import OptimizerConfig, TrainConfig, check_common, merge, parse_overrides, read_yaml
+from vgen.train.precision import resolved
 
 SYSTEMS = {
     "tokenizer": "vgen.train.tokenizer",
@@ -88,7 +89,7 @@ class System(Protocol):
 
 def system_module(name: str) -> ModuleType:
     """The module of a system. Raises VgenError for an unknown name."""
-    if name not in SYSTEMS:
+    if not isinstance(name, str) or name not in SYSTEMS:
         raise VgenError(f"config: unknown system {name!r}{nearest(str(name), SYSTEMS)}; known: {', '.join(SYSTEMS)}")
     return importlib.import_module(SYSTEMS[name])
 
@@ -108,7 +109,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def build_system(config: TrainConfig, device: torch.device) -> System:
     """The system of a checked config: its data is opened and its networks are made (seed torch first) for `device`."""
-    return system_module(config.system).build(config, device)
+    return system_module(config.system).build(resolved(config, device), device)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
