@@ -23,8 +23,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
+from vgen.errors import VgenError
 from vgen.layers.conv import Decoder, Encoder
-from vgen.layers.taming import rename_taming
+from vgen.layers.taming import rename_taming, taming_facts
 from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import LatentTokenizer, TokenSpec
 from vgen.tokenizers_vis.posterior import DiagonalGaussian
@@ -105,17 +106,19 @@ class KLModel(NamedSizes, LatentTokenizer, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_original(
-        cls, source: str | Path | Mapping[str, Tensor], config: str | Mapping[str, Any] = "kl-16"
+        cls, source: str | Path | Mapping[str, Tensor], config: str | Mapping[str, Any] | None = "kl-16"
     ) -> KLModel:
-        """A model from the published file (entry `model`) or its state dict. config: a size of SIZES or keyword arguments.
+        """A model from the published file (entry `model`) or its state dict.
 
-        Entries outside the autoencoder (`PARTS`) are left aside, as in the release. Raises VgenError when the file is no such
+        config: a size of SIZES, keyword arguments, or None: what names and shapes say, for autoencoders of LDM's code in general
+        (their scale is not in the file: 1.0 then, see `calibrate`). Entries outside the autoencoder (`PARTS`) are left aside, as in the release. Raises VgenError when the file is no such
         checkpoint or its shapes do not fit the config.
         """
         state = source if isinstance(source, Mapping) else read_state_dict(source)
+        parts = {key: value for key, value in state.items() if key.startswith(PARTS)}
+        config = config_of(parts) if config is None else config
         with torch.device("meta"):
             model = cls.of_size(config) if isinstance(config, str) else cls(**config)
-        parts = {key: value for key, value in state.items() if key.startswith(PARTS)}
         load_exactly(model, rename_taming(parts, len(model.config.ch_mult)))
         return model.eval()
 
@@ -142,3 +145,24 @@ class KLModel(NamedSizes, LatentTokenizer, ModelMixin, ConfigMixin):
     def last_layer(self) -> nn.Parameter:
         """The weight that the adaptive GAN weight looks at: the decoder's last convolution."""
         return self.decoder.conv_out.weight
+
+
+def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Keyword arguments of KLModel for a file under its own names. Raises VgenError for a file that is no VAE."""
+    facts = taming_facts(state)
+    moments = state["quant_conv.weight"].shape[0] if "quant_conv.weight" in state else 0
+    if not facts.double_z or moments != 2 * facts.z_channels:
+        raise VgenError(
+            f"this file is no VAE of LDM's kind: expected an encoder and a quant_conv that make {2 * facts.z_channels} channels (mean and "
+            f"log-variance of {facts.z_channels}), found {'them' if facts.double_z else 'no double_z'} and {moments}; a file with a "
+            "codebook is a VQGAN, which TamingVQGAN reads"
+        )
+    return {
+        "ch": facts.ch,
+        "ch_mult": facts.ch_mult,
+        "num_res_blocks": facts.num_res_blocks,
+        "latent_channels": facts.z_channels,
+        "encoder_attention": facts.attention_levels,
+        "decoder_attention": facts.decoder_attention,
+        "scale": 1.0,
+    }

@@ -16,6 +16,7 @@ from vgen.errors import VgenError, nearest
 # family -> (module, class). Classes have `from_original(path, config)`, `from_pretrained(folder)`, `spec`, `encode` and `decode`.
 TOKENIZERS = {
     "vq": ("vgen.tokenizers_vis.vq", "VQModel"),
+    "taming_vqgan": ("vgen.tokenizers_vis.taming_vqgan", "TamingVQGAN"),
     "chameleon_vqgan": ("vgen.tokenizers_vis.chameleon", "ChameleonVQGAN"),
     "maskgit_vqgan": ("vgen.tokenizers_vis.maskgit_vqgan", "MaskGITVQGAN"),
     "titok_vq": ("vgen.tokenizers_vis.titok", "TiTokVQ"),

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from vgen.errors import VgenError
 
+# PyTorch Lightning before 1.5 wrote the state of callbacks under their classes: such a file names them, and needs none of their code.
+STAND_INS = tuple(
+    f"{package}.callbacks.{name}"
+    for package in ("pytorch_lightning", "lightning.pytorch")
+    for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")
+)
 NESTINGS = ("ema", "model", "module", "state_dict")
+
+
+class StandIn:
+    """What a checkpoint's STAND_INS are read as."""
 
 
 def read_state_dict(
@@ -109,7 +119,7 @@ def _read_pickle(path: Path) -> Any:
             f"{path} is a TorchScript program, which vgen does not run; pass a plain checkpoint of the same weights"
         )
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *((StandIn, name) for name in STAND_INS)]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = _refused_name(error)

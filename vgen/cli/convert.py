@@ -1,4 +1,4 @@
-"""`vgen convert`: a published checkpoint becomes a folder in the format of diffusers."""
+"""`vgen convert`: a published checkpoint, or somebody's VQGAN file, becomes a folder in the format of diffusers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ EPILOG = """examples:
   vgen convert llamagen-vq16 --out checkpoints/llamagen-vq16            a tokenizer, for `vgen tokenize` and training
   vgen convert llamagen-c2i-B-256 --out models/llamagen-B               a pipeline, for `vgen sample --model`
   vgen convert rar-B-256 --checkpoint-dir ~/downloads --out models/rar  from files that are here already
+  vgen convert downloads/last.ckpt --out checkpoints/vqgan              somebody's VQGAN (taming-transformers) or VAE (LDM)
   vgen convert --list                                                   all published checkpoints, with their licences
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vgen convert`."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a published checkpoint, see --list")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME|FILE",
+        help="a published checkpoint (see --list), or the file (or a folder with one) of a VQGAN or VAE",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where the model or pipeline goes; must not exist yet"
     )
@@ -53,7 +59,7 @@ def check(args: argparse.Namespace) -> None:
     existing("--checkpoint-dir", args.checkpoint_dir, "folder")
     from vgen.convert.published import published
 
-    if published(args.name).kind == "text_encoder":
+    if not _is_file(args.name) and published(args.name).kind == "text_encoder":
         raise VgenError(
             f"{args.name} is a text encoder, which transformers loads as it is; name a generator or a tokenizer"
         )
@@ -72,20 +78,31 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from vgen.convert.load import load_published, load_published_tokenizer
+    from vgen.convert.load import load_file, load_published, load_published_tokenizer
 
-    entry = published(args.name)
     dtype = getattr(torch, args.dtype)
-    if entry.kind == "tokenizer":
-        result = load_published_tokenizer(args.name, args.checkpoint_dir)
-        parts = [result]
+    if _is_file(args.name):
+        result = load_file(args.name)
+        parts, what = [result], f"{type(result).__name__} of {args.name}, {args.dtype}"
     else:
-        result = load_published(args.name, args.checkpoint_dir)
-        parts = [result.tokenizer, result.model]
+        entry = published(args.name)
+        if entry.kind == "tokenizer":
+            result = load_published_tokenizer(args.name, args.checkpoint_dir)
+            parts = [result]
+        else:
+            result = load_published(args.name, args.checkpoint_dir)
+            parts = [result.tokenizer, result.model]
+        licences = f"code {entry.code_licence}, weights {entry.weights_licence}"
+        what = f"{args.name} ({entry.kind}), {args.dtype}; {licences}"
     for part in parts:
         torch.nn.Module.to(part, dtype)
     with atomic_folder(args.out) as temporary:
         result.save_pretrained(temporary)
-    print(
-        f"{args.out}: {args.name} ({entry.kind}), {args.dtype}; code {entry.code_licence}, weights {entry.weights_licence}"
-    )
+    print(f"{args.out}: {what}")
+
+
+def _is_file(name: str) -> bool:
+    """Whether a file or folder is meant: published names win over folders that are called like them."""
+    from vgen.convert.published import names
+
+    return name not in names() and Path(name).exists()

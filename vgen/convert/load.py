@@ -10,10 +10,14 @@ from typing import Any
 
 from diffusers import ModelMixin
 
+from vgen.checkpoints import read_state_dict
 from vgen.convert.published import Published, locate, names, published
 from vgen.errors import VgenError
+from vgen.layers.taming import taming_facts
 from vgen.pipelines.visual import VisualPipeline
+from vgen.tokenizers_vis.kl import KLModel
 from vgen.tokenizers_vis.registry import tokenizer_class
+from vgen.tokenizers_vis.taming_vqgan import TamingVQGAN, weights_file
 
 # family -> (module, class). Classes have `from_original(path, config)` and `size_config(size)`; those that take text have
 # `read_words(paths)` for what makes conditions of it.
@@ -72,6 +76,20 @@ def load_published_tokenizer(name: str, checkpoint_dir: str | Path | None = None
         known = ", ".join(names(kind="tokenizer"))
         raise VgenError(f"{name} is a {entry.kind}, expected one of the tokenizers {known}")
     return _tokenizer(entry, locate(name, checkpoint_dir)["model"])
+
+
+def load_file(path: str | Path) -> ModelMixin:
+    """A tokenizer from somebody's checkpoint file (or a folder with one): what kind it is, its names and shapes say.
+
+    VQGANs of taming-transformers and the VAEs of latent diffusion. Raises VgenError for anything else.
+    """
+    state = read_state_dict(weights_file(path))
+    kind = (
+        TamingVQGAN
+        if any(name.startswith("quantize.") for name in state) or not taming_facts(state).double_z
+        else KLModel
+    )
+    return kind.from_original(state, None)
 
 
 def _tokenizer(entry: Published, path: Path, options: Mapping[str, Any] | None = None) -> ModelMixin:
