@@ -14,6 +14,7 @@ DIRECTION = [
     "vgen.errors",
     "vgen.values",
     "vgen.files",
+    "vgen.saved",
     "vgen.sizes",
     "vgen.checkpoints",
     "vgen.kernels",

@@ -1,17 +1,17 @@
-"""The table of tokenizer families, and how a saved tokenizer is opened."""
+"""The table of tokenizer families, and how a saved tokenizer is opened. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import importlib
-import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-from diffusers import ModelMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from typing import TYPE_CHECKING, Any
 
 from vgen.errors import VgenError, nearest
+from vgen.saved import WEIGHTS, has_model, open_saved, read_json
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 # family -> (module, class). Classes have `from_original(path, config)`, `from_pretrained(folder)`, `spec`, `encode` and `decode`.
 TOKENIZERS = {
@@ -60,10 +60,15 @@ def find_tokenizer(folder: str | Path) -> Path:
     if name in SHIPPED and not folder.exists():
         folder = Path(str(resources.files("vgen.assets") / SHIPPED[name]))
     for candidate in (folder, folder / "tokenizer"):
-        if (candidate / SAFETENSORS_WEIGHTS_NAME).is_file() and (candidate / "config.json").is_file():
+        if has_model(candidate):
             return candidate
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "does not exist"
+        raise VgenError(
+            f"{folder} {what}{nearest(name, SHIPPED)}; give the folder of a tokenizer; with vgen come {', '.join(SHIPPED)}"
+        )
     raise VgenError(
-        f"{folder} holds no tokenizer (config.json and {SAFETENSORS_WEIGHTS_NAME}); `vgen train` writes one to RUN/model, "
+        f"{folder} holds no tokenizer (config.json and {WEIGHTS}.safetensors); `vgen train` writes one to RUN/model, "
         f"`vgen convert` makes one of a published file, and with vgen come {', '.join(SHIPPED)}"
     )
 
@@ -71,7 +76,7 @@ def find_tokenizer(folder: str | Path) -> Path:
 def saved_class(folder: str | Path) -> Any:
     """The class of the tokenizer saved in `folder` (see `find_tokenizer`); no weights are read."""
     folder = find_tokenizer(folder)
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    kind = read_json(folder / "config.json").get("_class_name")
     families = {name: family for family, (_, name) in TOKENIZERS.items()}
     if kind not in families:
         raise VgenError(
@@ -83,4 +88,4 @@ def saved_class(folder: str | Path) -> Any:
 def open_tokenizer(folder: str | Path) -> ModelMixin:
     """The frozen tokenizer saved in `folder` (see `find_tokenizer`), of whatever family, in evaluation mode."""
     folder = find_tokenizer(folder)
-    return saved_class(folder).from_pretrained(folder).eval().requires_grad_(False)
+    return open_saved(saved_class(folder), folder).eval().requires_grad_(False)

@@ -42,7 +42,14 @@ class ImageDataset(EpochDataset):
     same; bad files are counted across DataLoader workers and reported once by `report_bad_files` (which `batches` calls at its end).
     """
 
-    def __init__(self, source: Source, size: int | tuple[int, int], augment: Augment | None = None, seed: int = 0, cache: bool = False):
+    def __init__(
+        self,
+        source: Source,
+        size: int | tuple[int, int],
+        augment: Augment | None = None,
+        seed: int = 0,
+        cache: bool = False,
+    ):
         self.source, self.size, self.augment, self.seed = source, size, augment, seed
         self._cache: dict[int, Tensor] | None = {} if cache else None
         self._bad = torch.zeros(len(source.keys), dtype=torch.bool).share_memory_()  # workers write it too

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vgen.errors import VgenError, nearest
+from vgen.errors import VgenError, first_line, nearest
 from vgen.files import atomic_path
 from vgen.samplers.types import Condition
 
@@ -48,7 +48,12 @@ class Vocabulary:
         path = Path(folder) / FILE
         if not path.is_file():
             raise VgenError(f"{path} is missing: a model folder holds its caption vocabulary beside the weights")
-        return cls(Tokenizer.from_file(str(path)))
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # what tokenizers raises has no type of its own
+            raise VgenError(
+                f"{path} is not a vocabulary ({first_line(error)}); copy or download the folder again"
+            ) from error
 
     def save(self, folder: str | Path) -> None:
         """Writes `vocabulary.json` into `folder`."""

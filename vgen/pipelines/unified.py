@@ -30,6 +30,7 @@ from vgen.samplers.choice import FlowChoice, TokenChoice
 from vgen.samplers.guidance import TextImageGuidance
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.types import Canvas, Step
+from vgen.saved import open_saved
 
 Said = AnyPicture | Reply  # what a turn of the user is made of; a str is text, so a picture's file is a Path
 
@@ -74,7 +75,7 @@ class UnifiedPipeline:
         cls, folder: str | Path, *, dtype: torch.dtype | None = None, **settings: Any
     ) -> UnifiedPipeline:
         """From a folder that `model.save_pretrained` wrote. settings: as for the constructor."""
-        return cls(MingUniVision.from_pretrained(folder, torch_dtype=dtype).eval(), **settings)
+        return cls(open_saved(MingUniVision, folder, torch_dtype=dtype).eval(), **settings)
 
     @classmethod
     def from_original(

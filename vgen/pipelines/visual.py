@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
+import re
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +17,10 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from vgen.errors import VgenError
+from vgen.errors import VgenError, first_line
 from vgen.layers.pictures import Picture
 from vgen.layers.pixels import to_images
+from vgen.pipelines.components import SHIPPED, component_class, component_names, read_index
 from vgen.pipelines.inpainting import Painting, read_painting
 from vgen.samplers.choice import SamplingSettings, TokenChoice
 from vgen.samplers.decode import decode
@@ -26,31 +28,10 @@ from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import LARGEST, PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order, Step
+from vgen.saved import open_saved
 from vgen.tokenizers_vis.base import decode_each
-from vgen.tokenizers_vis.registry import TOKENIZERS
 from vgen.values import real, several, shown, string, whole
 
-# Modules whose classes a saved pipeline may hold. diffusers loads only what is imported already, and a file cannot add to this.
-COMPONENTS = (
-    "vgen.models.anyorder",
-    "vgen.models.dar",
-    "vgen.models.flexar",
-    "vgen.models.himar",
-    "vgen.models.llamagen",
-    "vgen.models.lumina",
-    "vgen.models.mar",
-    "vgen.models.maskgen",
-    "vgen.models.maskgen_kl",
-    "vgen.models.maskgit",
-    "vgen.models.mingunivision",
-    "vgen.models.nar",
-    "vgen.models.par",
-    "vgen.models.rar",
-    "vgen.models.tokenbridge",
-    "vgen.models.xar",
-    *(module for module, _ in TOKENIZERS.values()),
-)
-SHIPPED = ("emoji",)  # pipelines whose weights are in the package, vgen/assets/
 ENCODED = (
     1024  # prompts that a frozen text encoder turns into features at a time: of FLAN-T5-XL they take half a GB to 1 GB
 )
@@ -184,10 +165,27 @@ class VisualPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualPipeline:
-        """A pipeline folder or hub repository, as diffusers."""
-        for module in COMPONENTS:
-            importlib.import_module(module)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        """A pipeline folder, or a repository of the hub (owner/name), as diffusers; only the modules that it names are imported.
+
+        Raises VgenError for a folder that is not whole or not of this version of vgen, saying which file and what is wrong.
+        """
+        source = Path(pretrained_model_name_or_path)
+        if not source.is_dir():
+            source = _from_hub(str(pretrained_model_name_or_path), kwargs)
+        index = read_index(source)
+        known = inspect.signature(cls.__init__).parameters
+        if newer := [name for name in index if not name.startswith("_") and name not in known]:
+            raise VgenError(
+                f"{source} has the settings {', '.join(newer)}, which this vgen does not know; a newer vgen wrote it: update vgen"
+            )
+        names = component_names(index, source)
+        options = {name: value for name, value in kwargs.items() if name not in known and name != "torch_dtype"}
+        dtypes = kwargs.get("torch_dtype")
+        for role, name in names.items():
+            if role not in kwargs:
+                dtype = dtypes.get(role, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
+                kwargs[role] = open_saved(component_class(*name), source / role, torch_dtype=dtype, **options)
+        return super().from_pretrained(source, **kwargs)
 
     @classmethod
     def shipped(cls, name: str = "emoji", **kwargs: Any) -> VisualPipeline:
@@ -474,6 +472,23 @@ class VisualPipeline(DiffusionPipeline):
             canvas.values[:, painting.stays] = painting.tokens[painting.stays].to(canvas.values.dtype)
             canvas.known[:, painting.stays] = True
         return canvas
+
+
+def _from_hub(name: str, kwargs: dict[str, Any]) -> Path:
+    """The local copy of a hub repository (of the cache, or downloaded). VgenError: no such folder here, and none there."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)  # no name of the hub: a folder that is missing, which `read_index` says
+    from huggingface_hub import snapshot_download
+
+    options = {key: kwargs.pop(key) for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, **options))
+    except Exception as error:  # the hub client's errors (HTTP, offline, cache, name) have no common base
+        raise VgenError(
+            f"there is no folder {name} here, and the hub gave no repository of this name ({type(error).__name__}: "
+            f"{first_line(error)}); check the path, or connect to the network"
+        ) from error
 
 
 def _first(value: Any, default: Any) -> Any:

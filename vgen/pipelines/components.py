@@ -1,0 +1,81 @@
+"""What a saved pipeline may be made of, and what lies in the folder of one. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from vgen.errors import VgenError
+from vgen.saved import AGAIN, read_json
+from vgen.tokenizers_vis.registry import TOKENIZERS
+
+# Modules whose classes a saved pipeline may hold. Only those that it names are imported, and a file cannot add to this:
+# what is not listed is refused before anything is imported.
+COMPONENTS = (
+    "vgen.models.anyorder",
+    "vgen.models.dar",
+    "vgen.models.flexar",
+    "vgen.models.himar",
+    "vgen.models.llamagen",
+    "vgen.models.lumina",
+    "vgen.models.mar",
+    "vgen.models.maskgen",
+    "vgen.models.maskgen_kl",
+    "vgen.models.maskgit",
+    "vgen.models.mingunivision",
+    "vgen.models.nar",
+    "vgen.models.par",
+    "vgen.models.rar",
+    "vgen.models.tokenbridge",
+    "vgen.models.xar",
+    *dict.fromkeys(module for module, _ in TOKENIZERS.values()),
+)
+SHIPPED = ("emoji",)  # pipelines whose weights are in the package, vgen/assets/
+ROLES = ("tokenizer", "model")
+INDEX = "model_index.json"
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """`model_index.json` of a pipeline's folder. VgenError: no folder, no such file, one model instead of a pipeline, broken."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "does not exist"
+        raise VgenError(f"{folder} {what}; give the folder of a pipeline, which holds a {INDEX}")
+    if not (folder / INDEX).is_file():
+        raise VgenError(
+            f"{folder} holds one model, expected a pipeline ({INDEX}) of tokenizer and generator; name the tokenizer "
+            "(data.tokenizer) when training a generator: `vgen train CONFIG data.tokenizer=FOLDER --export PIPELINE` adds it"
+            if (folder / "config.json").is_file()
+            else f"{folder} has no {INDEX}, so it is not a vgen pipeline; give the folder that `vgen train` exported"
+        )
+    index = read_json(folder / INDEX)
+    found = index.get("_class_name")
+    if found != "VisualPipeline":
+        raise VgenError(
+            f"{folder / INDEX} describes a {found}, expected a VisualPipeline; vgen opens its own pipelines only"
+        )
+    return index
+
+
+def component_names(index: dict[str, Any], source: str | Path) -> dict[str, tuple[str, str]]:
+    """role -> (module, class) of an index; VgenError for a role that is missing or a module outside of COMPONENTS."""
+    names = {}
+    for role in ROLES:
+        entry = index.get(role)
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
+            raise VgenError(f"{source} names no {role} as [module, class], found {entry!r}; {AGAIN}")
+        if entry[0] not in COMPONENTS:
+            raise VgenError(
+                f"{source} wants the {role} from {entry[0]}, which is no module of vgen's models; vgen loads no code that a file names"
+            )
+        names[role] = (entry[0], entry[1])
+    return names
+
+
+def component_class(module: str, name: str) -> Any:
+    """A class of a module of COMPONENTS (see `component_names`). VgenError: the module has no model of this name."""
+    found = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(found, type) and found.__module__ == module and hasattr(found, "from_pretrained")):
+        raise VgenError(f"{module} has no model {name}; a newer vgen wrote this pipeline: update vgen")
+    return found
