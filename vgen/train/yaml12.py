@@ -7,7 +7,7 @@ Here they are what they look like: words, numbers, and null.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -22,7 +22,7 @@ _KINDS = {
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the core schema's kinds of scalars; a key that comes twice is an error."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         self.flatten_mapping(node)
