@@ -2,6 +2,8 @@
 
 import io
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -270,6 +272,21 @@ def test_kept_pixels_are_the_originals_in_the_shipped_model(pipe):
     assert not np.array_equal(np.asarray(plain)[:, :28], np.asarray(base)[:, :28])
 
 
+def test_a_picture_comes_out_the_same_in_any_batch(pipe):
+    base, mask = photo(64, 64), mask_of((32, 0, 64, 64), 64, 64)
+
+    def pictures(batch_size):
+        made = pipe("ghost", num_images=5, init_image=base, mask=mask, steps=2, batch_size=batch_size).images
+        return [image.tobytes() for image in made]
+
+    assert pictures(1) == pictures(2) == pictures(5)
+
+
+def test_both_files_can_be_checked_before_torch_is_loaded():
+    code = "import sys; from vgen.pipelines.masks import read_parts; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["codes", "latents"])
 def test_half_precision(pipeline, kind, dtype):
@@ -307,7 +324,7 @@ def test_half_precision(pipeline, kind, dtype):
         ({"image": None, "outpaint": (1, 1, 1, 1)}, "outpainting an init image and margins"),
         ({"image": photo(), "mask": mask_of((0, 0, 1, 1), 3, 3)}, "20x12, its mask 3x3"),
         ({"image": photo(), "mask": np.ones((HEIGHT, WIDTH), np.uint8)}, "numbers 0 and 1 is black"),
-        ({"image": photo(50, 12), "mask": mask_of((0, 0, 5, 12), 50, 12)}, "no white area in the part"),
+        ({"image": photo(50, 12), "mask": mask_of((0, 0, 5, 12), 50, 12)}, "no white area in the centre"),
         ({"image": photo(), "outpaint": (0, 0, 0, 0)}, "margins add nothing"),
         ({"image": photo(), "outpaint": (1, 2, 3)}, "four margins"),
         ({"image": photo(), "outpaint": (1, -2, 3, 4)}, "a margin must be"),

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import PIL
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from vgen.data.emoji_captions import captions_of
@@ -31,6 +31,7 @@ from vgen.data.npm import Package, fetch_archive, find_archive, read_members
 from vgen.data.shards import write_shard
 from vgen.errors import VgenError
 from vgen.files import sha256, write_json
+from vgen.layers.pictures import open_picture
 
 # Increase when captions, split, file layout or image processing change: older outputs are then built anew.
 FORMAT = 1
@@ -217,18 +218,10 @@ def _samples(items: list[Emoji], webps: dict[str, bytes], classes: list[str], si
 
 
 def _png(webp: bytes, key: str, size: int) -> bytes:
-    try:
-        with Image.open(io.BytesIO(webp)) as image:
-            picture = image.convert("RGBA")
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise VgenError(
-            f"the picture {key}.webp of the archive cannot be decoded ({error}): fetch the archive again"
-        ) from error
     # White first, then resize: averaging colours across transparent pixels would leave dark fringes.
-    page = Image.new("RGBA", picture.size, "white")
-    page.alpha_composite(picture)
+    page = open_picture(webp, f"picture {key}.webp of the archive")
     buffer = io.BytesIO()
-    page.convert("RGB").resize((size, size), Image.Resampling.LANCZOS).save(buffer, "PNG", optimize=True)
+    page.resize((size, size), Image.Resampling.LANCZOS).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -19,8 +19,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as T
 
 from vgen.errors import VgenError
-from vgen.layers.pictures import Picture, open_picture
-from vgen.pipelines.masks import read_mask
+from vgen.layers.pictures import Picture
+from vgen.pipelines.masks import read_parts
 from vgen.samplers.types import Grid
 from vgen.values import real, several, whole
 
@@ -76,42 +76,42 @@ def read_painting(
     grids: of the levels, coarse first. outpaint: new margins left, top, right and bottom, a whole number in pixels of the picture,
     a float as a share of its side. The grid is the model's, so a canvas that grew is scaled to it, after growing evenly on both
     sides to its shape where needed. Without margins, the centre of a picture of another shape is used, as in datasets. Both is
-    said in a warning of the log. None without image, mask and margins. VgenError for a part that is missing or cannot be read
-    (`read_mask`), a mask without white, margins that leave nothing of the picture, and tokenizers whose tokens are no places.
+    said in a warning of the log. None without image, mask and margins. VgenError for what `read_parts` refuses, margins that leave
+    nothing of the picture, a mask whose white is cut off with the sides, and tokenizers whose tokens are no places.
     """
-    if image is None and mask is None and outpaint is None:
+    parts = read_parts(image, mask, outpaint)
+    if parts is None:
         return None
-    if image is None or (mask is None and outpaint is None):
-        raise VgenError(
-            "inpainting needs both an init image and a mask (white: make anew, black: keep), outpainting an init image and margins"
-        )
     if tokenizer.spec.sequence is not None:
         raise VgenError(
             "the tokens of a 1-D tokenizer are no places in the picture, so a mask says nothing about them; use a 2-D tokenizer"
         )
-    picture = open_picture(image, "init image")
-    fresh = np.zeros(picture.size[::-1], bool) if mask is None else read_mask(mask, picture)
+    picture, fresh = parts
     pixels, fresh = T.pil_to_tensor(picture), torch.from_numpy(fresh)
     shapes = [tokenizer.spec.pixels(grid)[1:] for grid in grids]
     margins = None if outpaint is None else _margins(outpaint, picture.size, shapes[-1])
     place = _centre if margins is None else _outside
-    parts = []
+    levels = []
     for grid, shape in zip(grids, shapes):
         canvas, new = place(pixels, fresh, shape, margins)
         cells = rearrange(new, "(r h) (c w) -> r c (h w)", r=grid[1], c=grid[2])
-        parts.append((tokenizer.encode(_scaled(canvas, tokenizer))[0], ~cells.any(dim=-1), canvas))
-    kept = parts[-1][1]
-    stays = torch.cat([part[1].flatten() for part in parts])
+        levels.append((tokenizer.encode(_scaled(canvas, tokenizer))[0], ~cells.any(dim=-1), canvas))
+    kept = levels[-1][1]
+    stays = torch.cat([level[1].flatten() for level in levels])
     if stays.all():
-        raise VgenError(_nothing_new(mask, pixels, outpaint))
+        raise VgenError(
+            "the mask has no white area in the centre of the init image, which is all that is used of it; make it white there"
+            if outpaint is None
+            else "the margins add nothing to the init image, so there is nothing to make; give at least one that is not 0"
+        )
     if outpaint is not None and not kept.any():
         raise VgenError(
             "nothing of the init image would stay: its mask and margins touch every cell of the model's grid; give smaller margins"
         )
     if margins is None:
         _say_crop(pixels, shapes[-1])
-    tokens = torch.cat([part[0] for part in parts])
-    return Painting(tokens, stays.to(tokens.device), parts[-1][2], kept)
+    tokens = torch.cat([level[0] for level in levels])
+    return Painting(tokens, stays.to(tokens.device), levels[-1][2], kept)
 
 
 def _scaled(canvas: Tensor, tokenizer: ModelMixin) -> Tensor:
@@ -185,12 +185,3 @@ def _say_crop(pixels: Tensor, shape: tuple[int, int]) -> None:
             "margins of 0 keeps the whole picture)",
             *(pixels.shape[-1], pixels.shape[-2], width, height, shape[1], shape[0]),
         )
-
-
-def _nothing_new(mask: Picture | None, pixels: Tensor, outpaint: Sequence[float] | None) -> str:
-    if outpaint is not None:
-        return "the margins add nothing to the init image, so there is nothing to make; give at least one that is not 0"
-    return (
-        "the mask has no white area in the part of the init image that is used, so there is nothing to make; paint what should be "
-        "made anew white (128 of 255 and more; a mask of the numbers 0 and 1 is black all over)"
-    )

@@ -1,4 +1,4 @@
-"""Masks of in- and outpainting: which pixels of a picture are to be made anew."""
+"""What in- and outpainting reads: a picture, and which pixels of it are to be made anew. Without torch, for checks before it is loaded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,34 @@ import numpy as np
 from PIL import Image
 
 from vgen.errors import VgenError
-from vgen.layers.pictures import Picture, open_upright, to_rgb
+from vgen.layers.pictures import Picture, open_picture, open_upright, to_rgb
 
 WHITE = 128  # of 255: what is at least so light is white
 ALIKE = 8  # levels, mean: how far an erased copy of a picture may be from it (WebP files that are not lossless)
 PLAIN = 0.95  # share of a mask's opaque pixels that are black or white; the rest are soft edges
+
+
+def read_parts(
+    image: Picture | None, mask: Picture | None, outpaint: object | None
+) -> tuple[Image.Image, np.ndarray] | None:
+    """The picture as RGB and what is new in it, bool [H, W]; None without image, mask and margins.
+
+    Raises VgenError for a part that is missing or cannot be read (`read_mask`), and for a mask without white where there are no margins.
+    """
+    if image is None and mask is None and outpaint is None:
+        return None
+    if image is None or (mask is None and outpaint is None):
+        raise VgenError(
+            "inpainting needs both an init image and a mask (white: make anew, black: keep), outpainting an init image and margins"
+        )
+    picture = open_picture(image, "init image")
+    fresh = np.zeros(picture.size[::-1], bool) if mask is None else read_mask(mask, picture)
+    if outpaint is None and not fresh.any():
+        raise VgenError(
+            "the mask has no white area, so there is nothing to make; paint what should be made anew white (128 of 255 and more; "
+            "a mask of the numbers 0 and 1 is black all over)"
+        )
+    return picture, fresh
 
 
 def read_mask(source: Picture, picture: Image.Image) -> np.ndarray:
