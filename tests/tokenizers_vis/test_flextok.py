@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from vgen.errors import VgenError
 from vgen.eval.reconstruction import joined, reconstruct_batches
+from vgen.eval.reconstruction import joined, reconstruct_batches
 from vgen.samplers.flow import FlowGuidance
 from vgen.samplers.noise import PhiloxNoise
 from vgen.tokenizers_vis.base import check_tokens
@@ -62,6 +63,18 @@ def test_round_trip(model, pixels):
     assert model.spec.grid(12, 12) == (1, 1, 6) and model.spec.vocabulary == 60
     assert model.decode(tokens).shape == pixels.shape
     assert torch.equal(model.decode(tokens), model.decode(tokens, grid=(1, 1, 6))), "the noise is fixed"
+
+
+def test_a_picture_comes_back_the_same_in_any_batch(model):
+    pixels = torch.rand(5, 3, 12, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def back(batch_size):
+        return joined(list(reconstruct_batches(model, pixels, 3, batch_size=batch_size))).reconstruction
+
+    alone = back(1)
+    assert torch.equal(back(2), alone) and torch.equal(back(5), alone)
+    same = joined(list(reconstruct_batches(model, pixels[:1].expand(2, -1, -1, -1), 3))).reconstruction
+    assert not torch.equal(same[0], same[1]), "the noise belongs to the number of the picture"
 
 
 def test_the_posterior_is_sampled_when_noise_is_given(model, pixels):
