@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 
 from vgen.errors import VgenError
 from vgen.eval.reconstruction import joined, reconstruct_batches
-from vgen.eval.reconstruction import joined, reconstruct_batches
 from vgen.samplers.flow import FlowGuidance
 from vgen.samplers.noise import PhiloxNoise
 from vgen.tokenizers_vis.base import check_tokens
