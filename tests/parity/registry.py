@@ -66,13 +66,22 @@ def load_fixture(path: Path) -> Fixture:
     )
 
 
+FLOOR = 1e-6  # absolute: what fp32 leaves of a number that should be zero, where the numbers behind it are around 1
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tol: float = 1e-4, what: str = "") -> None:
-    """`|actual - expected| <= tol * max(1, max |expected|)`, and equal shapes."""
+    """`|actual - expected| <= tol * max |expected|` (at least `FLOOR`), and equal shapes.
+
+    The scale is the tensor's own: a loss term of 1e-4 must be right to 1e-8 and not to 1e-4, or a missing factor passes.
+    """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, recorded {tuple(expected.shape)}"
+    if not expected.numel():
+        return
     expected = expected.double()
-    error = (actual.detach().double() - expected).abs().max().item() if expected.numel() else 0.0
-    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-    assert error <= tol * scale, f"{what}: off by {error:.3g} (scale {scale:.3g}, allowed {tol * scale:.3g})"
+    error = (actual.detach().double() - expected).abs().max().item()
+    scale = expected.abs().max().item()
+    allowed = max(tol * scale, FLOOR)
+    assert error <= allowed, f"{what}: off by {error:.3g} (scale {scale:.3g}, allowed {allowed:.3g})"
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
