@@ -192,3 +192,19 @@ def test_errors(change, message):
     }  # fmt: skip
     with pytest.raises(VgenError, match=message):
         choose_tokens(**(arguments | change))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-9, 1e-40])
+def test_a_temperature_near_zero_is_1e_5(temperature, impl, device):
+    """Smaller ones would overflow the logits; 1e-5 decides as greedily as anybody can measure."""
+    logits = torch.tensor([0.0, 2e-5, 1e-5], device=device)[None, None, None]
+    tokens, log_prob = choose_tokens(
+        logits, [1.0], temperature=temperature, gumbel=torch.zeros(1, 1, 3, device=device), impl=impl
+    )
+    assert tokens.item() == 1
+    assert log_prob.item() == pytest.approx(torch.tensor([0.0, 2.0, 1.0]).log_softmax(0)[1].item(), abs=1e-5)
+    large = 1e3 * torch.eye(4, device=device)[None, None]
+    tokens, log_prob = choose_tokens(
+        large, [1.0], temperature=temperature, gumbel=torch.zeros(1, 4, 4, device=device), impl=impl
+    )
+    assert tokens.tolist() == [[0, 1, 2, 3]] and log_prob.tolist() == [[0.0] * 4]

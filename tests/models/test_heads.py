@@ -128,3 +128,25 @@ def test_choices_take_what_they_know():
     assert DiffusionChoice.of(SamplingSettings()) == DiffusionChoice()
     assert FlowChoice.of(SamplingSettings(temperature=0.9, substeps=8, shift=2.0)) == FlowChoice(0.9, 8, shift=2.0)
     assert TokenChoice.of(SamplingSettings(temperature=0.5, top_k=3)) == TokenChoice(0.5, 3)
+
+
+def test_the_target_of_a_split_interval_is_its_formula():
+    """(t - r) u(x_t, r, t) = (t - s) u(x_t, s, t) + (s - r) u(x_s, r, s), x_s = x_t - (t - s) u(x_t, s, t): arXiv 2507.16884."""
+    data, noise = torch.randn(2, 4, 2, generator=torch.Generator().manual_seed(0))
+    head, asked = TokenMeanFlow(channels=2, features=1, width=8, layers=1), []
+
+    def average(x, t, r, features):  # no true average: every part of the formula shows
+        asked.append(x)
+        return x * (1 + t[:, None]) + r[:, None]
+
+    head.average = average
+    r, s, t = torch.tensor([[0.1, 0.3, 0.9], [0.0, 0.5, 0.6], [0.2, 0.2, 0.8], [0.4, 0.7, 0.7]]).T
+    terms = head.loss(torch.zeros(4, 1), data, torch.ones(4), torch.stack((r, s, t), dim=1), noise)
+    x = t[:, None] * noise + (1 - t)[:, None] * data
+    upper = x * (1 + t)[:, None] + s[:, None]
+    below = x - (t - s)[:, None] * upper
+    lower = below * (1 + s)[:, None] + r[:, None]
+    target = ((t - s)[:, None] * upper + (s - r)[:, None] * lower) / (t - r)[:, None]
+    error = (x * (1 + t)[:, None] + r[:, None] - target).square().mean()
+    torch.testing.assert_close(asked[1], below)
+    torch.testing.assert_close(terms["loss"], error, rtol=1e-5, atol=1e-6)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from vgen.errors import VgenError
+from vgen.samplers.choice import DiffusionChoice, FlowChoice
+from vgen.samplers.diffusion import GaussianDiffusion
 from vgen.samplers.flow import (
     TIMES,
     FlowGuidance,
@@ -16,8 +18,13 @@ from vgen.samplers.flow import (
     noisy,
     sde,
     sde_times,
+    shifted_times,
     weighted_sum,
 )
+from vgen.samplers.guidance import ClassifierFree
+from vgen.samplers.noise import DIFFUSION, PhiloxNoise
+from vgen.samplers.predictions import Diffusion, Flow, GridDiffusion, MeanFlow
+from vgen.samplers.types import Step
 
 
 def test_even_times_end_at_zero():
@@ -139,3 +146,110 @@ def test_logit_normal_times_of_training():
     ends = torch.special.ndtri(torch.arange(4097) / 4096).sigmoid()
     assert ((ends[:-1] <= spread + 1e-6) & (spread <= ends[1:] + 1e-6)).all(), "one time in each part of equal mass"
     assert torch.isfinite(TIMES["logit-normal"](torch.zeros(3), 0.0)).all()
+
+
+# ---------------------------------------------------------------- the predictions
+
+
+class Listening:
+    """Philox noise that notes which streams it is asked for."""
+
+    def __init__(self, samples=2):
+        self.noise, self.streams = PhiloxNoise(5, torch.arange(samples)), []
+
+    def normal(self, stream, step, shape, dtype=torch.float32):
+        self.streams.append(stream - DIFFUSION)
+        return self.noise.normal(stream, step, shape, dtype)
+
+
+ONE = Step(0, torch.arange(3), 3, (3, 0), 1, 3)
+
+
+def drawn_with(kind, choice, noise):
+    """Draws from a prediction of 3 tokens of 2 channels."""
+    features, process = torch.zeros(1, 2, 3, 4), GaussianDiffusion.named()
+    prediction = {
+        "flow": lambda: Flow(lambda x, t: torch.zeros_like(x)[None], 2, 2, torch.device("cpu")),
+        "diffusion": lambda: Diffusion(features, lambda x, t, z: torch.zeros_like(x), process, 2),
+        "grid": lambda: GridDiffusion(
+            features,
+            torch.zeros(2, 3, 2),
+            torch.ones(2, 3, dtype=torch.bool),
+            lambda x, t, z: torch.zeros_like(x),
+            process,
+        ),
+    }[kind]()
+    return prediction.draw(ONE, ClassifierFree(), choice, noise).values
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "streams"),
+    [
+        ("flow", FlowChoice(substeps=5, solver="sde"), [0, 1, 2, 3, 4]),
+        ("flow", FlowChoice(substeps=5), [0]),
+        ("diffusion", DiffusionChoice(substeps="5", clip=3.0), [0, 5, 4, 3, 2]),
+        ("grid", DiffusionChoice(substeps="5", clip=3.0), [0, 5, 4, 3, 2]),
+        ("diffusion", DiffusionChoice(substeps="5", solver="ddim", clip=3.0), [0]),
+    ],
+)
+def test_every_substep_has_noise_of_its_own(kind, choice, streams):
+    """Stream 0 is the initial noise, 1 + k that of the substep of index k; the last one adds none."""
+    noise = Listening()
+    assert drawn_with(kind, choice, noise).isfinite().all() and noise.streams == streams
+
+
+def test_the_sde_is_its_formula():
+    """x + dt ((2 - t) v + x) + sqrt(2 t dt') N for every substep, with the shifted times and the noise of its index."""
+    steps, shift = 4, 3.0
+    normals = torch.randn(steps, 6, generator=torch.Generator().manual_seed(1)).double()
+    x = torch.linspace(-1, 1, 6)
+    found = sde(lambda x, t: 0.5 * x + t, x, steps, shift, lambda k: normals[k].float())
+    times = [3 * t / (1 + 2 * t) for t in (1.0, 0.68, 0.36, 0.04, 0.0)]
+    expected = x.double()
+    for k in range(steps):
+        now, then = times[k], times[k + 1]
+        velocity = 0.5 * expected + now
+        expected = expected + (then - now) * ((2 - now) * velocity + expected)
+        if k < steps - 1:
+            expected = expected + (2 * now * (now - then)) ** 0.5 * normals[k]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_shift_moves_times_towards_the_noise():
+    """a t / (1 + (a - 1) t), arXiv 2403.03206, equation 23, in every prediction and solver that has times."""
+    assert shifted_times([1.0, 0.75, 0.5, 0.25, 0.0], 3.0) == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+    assert shifted_times([1.0, 0.3, 0.0], 1.0) == pytest.approx([1.0, 0.3, 0.0])
+    seen, device = [], torch.device("cpu")
+
+    def velocity(x, *times):
+        seen.append(times)
+        return torch.zeros_like(x)[None]
+
+    for made, solver in ((Flow, "euler"), (Flow, "sde"), (MeanFlow, "euler")):
+        made(velocity, 2, 1, device).draw(ONE, ClassifierFree(), FlowChoice(1.0, 4, solver, 3.0), Listening())
+    even, late = [1.0, 0.9, 0.75, 0.5, 0.0], [3 * t / (1 + 2 * t) for t in (1.0, 0.68, 0.36, 0.04)]
+    assert [t for (t,) in seen[:4]] == pytest.approx(even[:4]) and [t for (t,) in seen[4:8]] == pytest.approx(late)
+    assert [now for now, _ in seen[8:]] == pytest.approx(even[:4])
+    assert [then for _, then in seen[8:]] == pytest.approx(even[1:])
+
+
+def test_projected_guidance_damps_recent_directions():
+    """arXiv 2410.02416, algorithm 1, without bound and projection: c + (s - 1) of the sum of momentum^age · (c - u), momentum < 0."""
+    guidance = ProjectedGuidance(4.0, threshold=1e9, parallel=1.0)
+    mix, average = guidance.start(), torch.zeros(2, 6)
+    assert guidance.momentum == -0.5
+    for parts in torch.randn(3, 2, 2, 6, generator=torch.Generator().manual_seed(2)):
+        cond, null = parts
+        average = (cond - null) - 0.5 * average
+        torch.testing.assert_close(mix(parts, guidance.weights(0.5)), cond + 3.0 * average, rtol=1e-5, atol=1e-5)
+
+
+def test_projected_guidance_is_its_formula():
+    """Bounded to 2.5, then the share 0.25 of the part along c, per sample."""
+    guidance = ProjectedGuidance(4.0, parallel=0.25)
+    parts = 4 * torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(3))
+    found = guidance.start()(parts, guidance.weights(0.5))
+    for row, cond, null in zip(found, *parts):
+        update = (cond - null) * min(1.0, 2.5 / (cond - null).norm().item())
+        along = (update @ cond) / (cond @ cond) * cond
+        torch.testing.assert_close(row, cond + 3 * (update - along + 0.25 * along), rtol=1e-5, atol=1e-5)

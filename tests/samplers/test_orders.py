@@ -548,3 +548,25 @@ def test_broken_given_files(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(VgenError, match="order file"):
             make_order("given", (2, 3), source=tmp_path / name)
+
+
+def test_confidence_keeps_the_best_of_scores_and_noise_that_fades():
+    """MaskGIT, arXiv 2202.04200: score + 4.5 (1 - (i + 1) / N) · Gumbel, none in the last call."""
+    order, draw = make_order("confidence:steps=4,schedule=linear,temperature=4.5", (1, 1, 32)), torch.Generator()
+    canvas = Canvas.blank(order.grid, 3)
+
+    class Recorded:
+        def gumbel(self, stream, step, shape):
+            self.drawn = -torch.rand(shape, generator=draw).log().neg().log()
+            return self.drawn
+
+    for index, step in enumerate(order.steps(canvas)):
+        noise, targets = Recorded(), step.targets.expand(3, -1)
+        score = torch.randn(targets.shape, generator=draw)
+        kept = order.keep(step, Draw(torch.zeros_like(targets), score), canvas, noise)
+        if index == 3:
+            assert kept is None and not hasattr(noise, "drawn")
+        else:
+            best = (score + 4.5 * (1 - (index + 1) / 4) * noise.drawn).topk(step.keep, dim=1).indices
+            assert torch.equal(kept, torch.zeros_like(kept).scatter(1, best, True))
+        canvas.write(step.targets, torch.zeros_like(targets), kept, step.keep)

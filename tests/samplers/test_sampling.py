@@ -220,3 +220,14 @@ def test_bad_choices():
             TokenChoice(**arguments)
     with pytest.raises(VgenError, match="did you mean 'maskgit'"):
         token_choice("maskgitt")
+
+
+def test_tokens_are_drawn_with_the_noise_of_their_step_and_position():
+    """argmax(logits + Gumbel) with the numbers of (seed, sample, position, step, stream): what `gumbel` gives for the same step."""
+    logits = torch.randn(1, 3, 2, 64, generator=torch.Generator().manual_seed(0))
+    noise, drawn = PhiloxNoise(4, torch.tensor([7, 1, 12])), []
+    for index in range(4):
+        now = step([9, 3], index=index)
+        drawn.append(Logits(logits).draw(now, ClassifierFree(1.0), TokenChoice(), noise).values)
+        assert torch.equal(drawn[-1], (logits[0] + noise.gumbel(TOKENS, now, (3, 2, 64))).argmax(dim=-1))
+    assert len({tuple(tokens.flatten().tolist()) for tokens in drawn}) == 4, "every step has numbers of its own"

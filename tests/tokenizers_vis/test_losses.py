@@ -187,3 +187,26 @@ def test_a_mean_of_distances_is_weighted():
     assert WeightedMean((Constant(3.0), Constant(14.0)), (1.0, 0.1))(x, x).flatten().tolist() == pytest.approx(
         [4.0, 4.0]
     )
+
+
+def test_lecam_has_both_halves():
+    """relu(mean D(real) - m_fake)^2 + relu(m_real - mean D(fake))^2: arXiv 2104.03310, equation 3."""
+    lecam = LeCam()
+    lecam.real.fill_(1.0), lecam.fake.fill_(-1.0)
+    real, fake = torch.tensor([2.0, 4.0], requires_grad=True), torch.tensor([0.25, 0.75], requires_grad=True)
+    loss = lecam(real, fake)
+    assert loss.item() == pytest.approx((3 + 1) ** 2 + (1 - 0.5) ** 2)
+    loss.backward()
+    assert real.grad.tolist() == pytest.approx([4.0, 4.0]) and fake.grad.tolist() == pytest.approx([-0.5, -0.5])
+
+
+def test_lecam_counts_by_its_weight_in_the_discriminators_objective():
+    torch.manual_seed(0)
+    pixels, made = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    judge = PatchDiscriminator(width=4, layers=1).eval()
+    plain, pulled = (VQLoss(judge, disc_start=0, lecam_weight=weight) for weight in (0.0, 0.3))
+    pulled.lecam.real.fill_(2.0), pulled.lecam.fake.fill_(-3.0)
+    terms, alone = pulled.discriminate(pixels, made, 1), plain.discriminate(pixels, made, 1)
+    lecam = (judge(pixels).mean() + 3).clamp_min(0) ** 2 + (2 - judge(made).mean()).clamp_min(0) ** 2
+    assert terms["lecam"].item() == pytest.approx(0.3 * lecam.item(), rel=1e-4)
+    assert terms["loss"].item() == pytest.approx(alone["loss"].item() + 0.3 * lecam.item(), rel=1e-4)
