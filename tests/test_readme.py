@@ -29,11 +29,12 @@ from PIL import Image
 from vgen.cli.main import COMMANDS, build_parser, main
 from vgen.convert.published import names
 from vgen.data.emoji import build_emoji
+from vgen.errors import VgenError
 from vgen.pipelines.visual import SHIPPED
 from vgen.samplers.orders import make_order
 from vgen.tokenizers_vis.registry import SHIPPED as TOKENIZERS
-from vgen.train.config import read_yaml
-from vgen.train.system import load_config
+from vgen.train.config import check_common, merge, parse_overrides, read_yaml
+from vgen.train.system import system_module
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -243,7 +244,7 @@ def mentions() -> Iterator[tuple[str, str, bool]]:
                 yield from ((place, code, bool(whole)) for code in found)
     for module, _ in COMMANDS.values():
         for line in importlib.import_module(f"vgen.cli.{module}").EPILOG.splitlines():
-            line = re.split(r" {3,}| #", line.strip())[0]
+            line = re.split(r" {2,}| #", line.strip())[0]
             yield f"vgen {module} --help", line, "…" not in line
 
 
@@ -282,10 +283,11 @@ def test_a_command_of_the_texts_exists(place, text, whole):
         return
     try:
         args = parser(given[0], whole).parse_args(given)
-    except SystemExit:
+    except (SystemExit, VgenError):
         pytest.fail(f"{place}: `{text}` is no command of vgen")
     if given[0] == "train" and args.config:
-        assert load_config(ROOT / args.config, [word for word in args.overrides if "…" not in word]).steps > 0
+        settings = read_yaml(ROOT / args.config), parse_overrides([word for word in args.overrides if "…" not in word])
+        check_common(merge(system_module(settings[0]["system"]).Config, *settings))
     model = str(getattr(args, "model", None) or getattr(args, "name", None) or SHIPPED[0])
     if "/" in model:  # what another command of these texts wrote, or a user's own
         assert (
