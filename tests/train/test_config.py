@@ -1,3 +1,4 @@
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,26 @@ def test_committed_configs_fit_their_systems(path):
     check_common(merge(system_module(content["system"]).Config, content))
     header = path.read_text(encoding="utf-8").split("\nversion:")[0]
     assert all(word in header for word in ("command:", "expected:", "duration:"))
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Whole:
+    parts: list[Part] = field(default_factory=list)
+
+
+def test_lists_of_groups_are_checked_item_by_item():
+    """As the measurements of published presets are."""
+    assert merge(Whole, {"parts": [{"name": "a"}, {"name": "b", "size": 3}]}) == Whole([Part("a"), Part("b", 3)])
+    for value, words in (
+        ([{"name": "a", "siez": 3}], r"unknown key `parts\[0\].siez` \(did you mean 'size'"),
+        ([{"name": "a"}, {"name": "b", "size": "3"}], r"parts\[1\].size must be a whole number, found '3'"),
+        (["a"], r"parts must be a list \(\[…\]\), each a group of settings"),
+    ):
+        with pytest.raises(VgenError, match=words):
+            merge(Whole, {"parts": value})

@@ -274,6 +274,9 @@ def _refuse_unfit(schema: type, layer: Mapping[str, Any], prefix: str) -> None:
         elif not _fits(value, hint):
             quote = f""" (put quotes around it: '{key}="{value}"')""" if hint is str and value is not None else ""
             require(False, f"{prefix}{key} must be {_in_words(hint)}, found {_as_yaml(value)}{quote}")
+        elif typing.get_origin(hint) is list and dataclasses.is_dataclass(item := typing.get_args(hint)[0]):
+            for index, part in enumerate(value):
+                _refuse_unfit(item, part, f"{prefix}{key}[{index}].")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -286,6 +289,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in parts
     if kind in (list, tuple):
         return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, Mapping)
     if kind is dict or hint is typing.Any:
         return hint is typing.Any or isinstance(value, Mapping)
     if hint is float:  # a whole number is one; a switch is not, and nothing infinite trains
@@ -304,7 +309,7 @@ def _in_words(hint: Any) -> str:
         return " or ".join(map(_in_words, parts))
     if kind in (list, tuple):
         return f"a list ([…]), each {_in_words(parts[0])}"
-    return _WORDS.get(hint, "a group of settings" if kind is dict else str(hint))
+    return _WORDS.get(hint, "a group of settings" if kind is dict or dataclasses.is_dataclass(hint) else str(hint))
 
 
 def _as_yaml(value: Any) -> str:
