@@ -243,3 +243,13 @@ def test_looking_at_names_needs_no_torch(tmp_path):
     put(tmp_path, {"train/1.png": PNG, "val/2.png": PNG})
     code = f"import sys; from vgen.data.sources import open_data; open_data({str(tmp_path)!r}); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_systems_leave_behind_is_no_class(tmp_path):
+    put(
+        tmp_path,
+        {"cat/1.png": PNG, "__MACOSX/cat/1.png": PNG, "cat/@eaDir/1.png": PNG, "cat/._1.png": b"x", ".t/2.png": PNG},
+    )
+    data = open_data(tmp_path)
+    assert data.source("train").keys == ["cat/1"] and data.source("train").class_names == ("cat",)
+    assert "__MACOSX/ is not read" in str(data.report)

@@ -17,7 +17,7 @@ def undivided(tmp_path):
     return tmp_path / "all"
 
 
-@pytest.mark.parametrize(("held_out", "count"), [(None, 1), ("6", 6), ("50%", None)])
+@pytest.mark.parametrize(("held_out", "count"), [(None, 2), ("6", 6), ("50%", None)])
 def test_an_undivided_folder_trains_and_says_what_it_holds_out(undivided, capsys, held_out, count):
     data = DataConfig(path=str(undivided), size=8, held_out=held_out)
     check_data(data)

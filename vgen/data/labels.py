@@ -13,7 +13,7 @@ from vgen.data.text import whole_text
 
 # What programs write where they have no label.
 _NOTHING = frozenset({"", "None", "null", "nan", "NaN", "<NA>", "-1", "-1.0"})
-_NUMBER = re.compile(r"([0-9]{1,18})(\.0*)?", re.ASCII)
+_NUMBER = re.compile(r"([0-9]{1,18})(\.0*)?")
 # Numbers above this are identifiers rather than positions in a list of classes: they are numbered in their order.
 MOST_CLASSES = 1_000_000
 
