@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 
 import pytest
@@ -67,6 +68,111 @@ def test_an_average_of_the_parameters_lies_over_the_other_tensors(tmp_path):
     torch.save({"model": whole}, tmp_path / "b.pt")
     with pytest.raises(VgenError, match="under model_ema"):
         read_state_dict(tmp_path / "b.pt", ("model",), overlay="model_ema")
+
+
+WRAPPED = {
+    "compiled": {"_orig_mod.weight": STATE["weight"], "_orig_mod.bias": STATE["bias"]},
+    "in parallel": {"module.weight": STATE["weight"], "module.bias": STATE["bias"]},
+    "both": {f"module._orig_mod.{key}": value for key, value in STATE.items()},
+    "both, the other way": {f"_orig_mod.module.{key}": value for key, value in STATE.items()},
+    "an average": {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in STATE.items()}},
+    "sharded": {f"_fsdp_wrapped_module.{key}": value for key, value in STATE.items()},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_wrappers_add_to_names_is_taken_off(name, tmp_path):
+    torch.save({"state_dict": WRAPPED[name]}, tmp_path / "a.pt")
+    save_file(WRAPPED[name], tmp_path / "a.safetensors")
+    for file in ("a.pt", "a.safetensors"):
+        found = read_state_dict(tmp_path / file)
+        assert found.keys() == STATE.keys() and all(torch.equal(found[key], STATE[key]) for key in STATE)
+
+
+def test_wrappers_inside_of_names_and_names_that_only_look_so(tmp_path):
+    blocks = {"blocks.0._orig_mod.weight": torch.ones(1), "blocks.1._checkpoint_wrapped_module.weight": torch.ones(1)}
+    save_file(blocks, tmp_path / "a.safetensors")
+    assert read_state_dict(tmp_path / "a.safetensors").keys() == {"blocks.0.weight", "blocks.1.weight"}
+    own = {"module.weight": torch.ones(1), "head.weight": torch.ones(1)}  # a part that is called module
+    save_file(own, tmp_path / "b.safetensors")
+    assert read_state_dict(tmp_path / "b.safetensors").keys() == own.keys()
+    save_file({"w": torch.ones(1), "_orig_mod.w": torch.zeros(1)}, tmp_path / "c.safetensors")
+    with pytest.raises(VgenError, match="holds w twice"):
+        read_state_dict(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize(
+    "path", [("state_dict", "model"), ("model", "state_dict"), ("model_ema",), ("ema", "module", "model")]
+)
+def test_entries_nested_in_one_another(path, tmp_path):
+    content = STATE
+    for name in reversed(path):
+        content = {name: content, "step": 3, "optimizer": {"state": {}}}
+    torch.save(content, tmp_path / "a.pt")
+    assert read_state_dict(tmp_path / "a.pt").keys() == STATE.keys()
+
+
+def shards(folder, kind, variant="", index=True):
+    """STATE in two files and an index, as the libraries of the hub write them; returns the files."""
+    dotted = f".{variant}" if variant else ""
+    stem, suffix = ("model", ".safetensors") if kind == "safetensors" else ("pytorch_model", ".bin")
+    names = [f"{stem}{dotted}-{number:05d}-of-00002{suffix}" for number in (1, 2)]
+    for name, (key, value) in zip(names, STATE.items()):
+        save_file({key: value}, folder / name) if suffix == ".safetensors" else torch.save({key: value}, folder / name)
+    if index:
+        table = {"metadata": {}, "weight_map": dict(zip(STATE, names))}
+        (folder / f"{stem}{suffix}.index{dotted}.json").write_text(json.dumps(table))
+    return [folder / name for name in names]
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("variant", ["", "fp16"])
+def test_shards(kind, variant, index, tmp_path):
+    files = shards(tmp_path, kind, variant, index)
+    torch.save({"state": {}}, tmp_path / "optimizer.bin")  # what else lies in such folders
+    torch.save([1], tmp_path / "training_args.bin")
+    for path in (tmp_path, *files, *tmp_path.glob("*.index*.json")):
+        assert read_state_dict(path).keys() == STATE.keys(), path
+    files[1].unlink()
+    for path in (tmp_path, files[0], *tmp_path.glob("*.index*.json")):
+        with pytest.raises(VgenError, match=f"lacks {files[1].name}"):
+            read_state_dict(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_variant_beside_the_whole_weights_is_not_read(kind, tmp_path):
+    shards(tmp_path, kind)
+    half = {key: value.half() for key, value in STATE.items()}
+    save_file(half, tmp_path / "model.fp16.safetensors") if kind == "safetensors" else torch.save(
+        half, tmp_path / "pytorch_model.fp16.bin"
+    )
+    assert {value.dtype for value in read_state_dict(tmp_path).values()} == {torch.float32}
+
+
+def test_folders_without_weights_and_with_too_many(tmp_path):
+    with pytest.raises(VgenError, match=r"lacks any \.safetensors or \.bin file"):
+        read_state_dict(tmp_path)
+    save_file(STATE, tmp_path / "a.safetensors")
+    save_file(STATE, tmp_path / "b.safetensors")
+    with pytest.raises(VgenError, match="holds bias in two files"):
+        read_state_dict(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[")
+    with pytest.raises(VgenError, match="is not a JSON file"):
+        read_state_dict(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    import builtins
+
+    torch.save(STATE, tmp_path / "a.pt")
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(builtins, "open", refuse)  # root may read anything
+    with pytest.raises(VgenError, match=r"a\.pt cannot be read .*Permission denied"):
+        read_state_dict(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

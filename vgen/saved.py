@@ -60,13 +60,18 @@ def weight_files(folder: str | Path, variant: str | None = None) -> tuple[list[P
     path = found[variant]
     if path.suffix == ".safetensors":
         return [path], variant
+    return index_shards(path), variant
+
+
+def index_shards(path: Path) -> list[Path]:
+    """The files that an index of shards (`….index.json`) names, beside it. VgenError: no index, or shards that are not there."""
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()) or not index:
         raise VgenError(f"{path} names no shards (weight_map); {AGAIN}")
-    shards = [folder / Path(name).name for name in sorted(set(index.values()))]
+    shards = [path.parent / Path(name).name for name in sorted(set(index.values()))]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise VgenError(f"{folder} lacks {', '.join(missing)}, which {path.name} names; {AGAIN}")
-    return shards, variant
+        raise VgenError(f"{path.parent} lacks {', '.join(missing)}, which {path.name} names; {AGAIN}")
+    return shards
 
 
 def _variants(folder: Path) -> dict[str | None, Path]:
