@@ -5,6 +5,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -269,9 +270,9 @@ def test_the_first_of_several_names_is_taken(tmp_path, monkeypatch):
     own = touch(tmp_path / "nar-c2i-XXL-256.pt")
     assert locate("nar-c2i-XXL-256", tmp_path)["model"] == own
 
-    monkeypatch.setattr(registry.huggingface_hub, "hf_hub_download", lambda repo, file: str(tmp_path / file))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: str(tmp_path / file))
     place = wanted.parent
-    monkeypatch.setattr(registry.huggingface_hub, "snapshot_download", lambda repo, allow_patterns: str(place))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns: str(place))
     assert locate("nar-c2i-XXL-256")["model"] == wanted
     wanted.unlink()
     assert locate("nar-c2i-XXL-256")["model"] == other
@@ -309,7 +310,7 @@ def test_files_come_from_the_hub(tmp_path, monkeypatch):
         asked.append((repo, file))
         return str(touch(tmp_path / file))
 
-    monkeypatch.setattr(registry.huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     paths = locate("rar-XL-256")
     assert asked == [("yucornetto/RAR", "rar_xl.bin"), ("fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin")]
     assert paths["model"] == tmp_path / "rar_xl.bin"
@@ -321,8 +322,8 @@ def test_patterns_and_folders_are_downloaded_as_snapshots(tmp_path, monkeypatch)
             touch(tmp_path / repo / pattern.replace("*", "x"))
         return str(tmp_path / repo)
 
-    monkeypatch.setattr(registry.huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(registry.huggingface_hub, "hf_hub_download", lambda repo, file: str(touch(tmp_path / file)))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: str(touch(tmp_path / file)))
     paths = locate("nar-t2i-XL-512")
     assert paths["model"] == tmp_path / "yefly/NAR-XL-t2i-stage2" / "x.pt"
     assert paths["text_encoder"] == tmp_path / "google/flan-t5-xl"
@@ -332,7 +333,7 @@ def test_without_a_network_one_error_says_what_is_wanted(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no route to host\nmore lines")
 
-    monkeypatch.setattr(registry.huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(VgenError) as error:
         locate("llamagen-c2i-B-256")
     message = str(error.value)
@@ -341,7 +342,7 @@ def test_without_a_network_one_error_says_what_is_wanted(monkeypatch):
 
 
 def test_a_checkpoint_that_is_not_on_the_hub_says_where_it_is(monkeypatch):
-    monkeypatch.setattr(registry.huggingface_hub, "snapshot_download", lambda *args, **kwargs: "/")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: "/")
     with pytest.raises(VgenError, match="Meta's Chameleon release"):
         locate("chameleon-vqgan")
 

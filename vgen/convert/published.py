@@ -12,10 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from omegaconf import MISSING
 
-from vgen.errors import VgenError, nearest
+from vgen.errors import VgenError, first_line, nearest
 from vgen.train.config import merge, read_yaml
 
 HERE = Path(__file__).resolve()
@@ -155,9 +154,8 @@ def find(name: str) -> Path:
     """The YAML file of a checkpoint. Raises VgenError for an unknown name, naming the nearest ones."""
     path = folder() / f"{name}.yaml"
     if name not in names():
-        known = names(kind="generator")
         raise VgenError(
-            f"there is no published checkpoint {name!r}{nearest(name, names())}; generators: {', '.join(known)}"
+            f"there is no published checkpoint {name!r}{nearest(name, names())}; `vgen convert --list` prints all of them"
         )
     return path
 
@@ -239,13 +237,15 @@ def _download(entry: Published) -> Path:
     """FileNotFoundError when the hub cannot be reached or has no such file."""
     if entry.repo is None:
         raise FileNotFoundError(f"{entry.name} is not on the hub")
+    import huggingface_hub
+
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not ours to show: one sentence follows
     try:
         if entry.nesting != "folder" and len(entry.files) == 1 and "*" not in entry.files[0]:
             return Path(huggingface_hub.hf_hub_download(entry.repo, entry.files[0]))
         copy = Path(huggingface_hub.snapshot_download(entry.repo, allow_patterns=entry.files))
     except Exception as error:  # the hub client's errors (HTTP, offline, cache, name) have no common base
-        raise FileNotFoundError(f"the download failed ({type(error).__name__}: {_first_line(error)})") from error
+        raise FileNotFoundError(f"the download failed ({type(error).__name__}: {first_line(error)})") from error
     return copy if entry.nesting == "folder" else _only(copy, entry.files)
 
 
@@ -255,7 +255,3 @@ def _only(place: Path, patterns: Sequence[str]) -> Path:
     if len(found) != 1:
         raise FileNotFoundError(f"{place} has {len(found)} files that fit {' or '.join(patterns)}, expected one")
     return found[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
