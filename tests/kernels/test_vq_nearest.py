@@ -18,7 +18,9 @@ def test_no_code_is_nearer(impl, dtype, device):
     distance = (rows.double()[:, None] - codebook.double()).square().sum(-1)
     chosen = distance.gather(1, index[:, None])[:, 0]
     torch.testing.assert_close(chosen, distance.amin(1), rtol=0, atol=1e-5)
-    assert (index == distance.argmin(1)).float().mean() > 0.98  # rounding may decide between two near codes, rarely
+    first, second = distance.topk(2, dim=1, largest=False).values.unbind(dim=1)
+    clear = second - first > 1e-4  # rounding may decide between nearer ones
+    assert clear.sum() >= 68 and torch.equal(index[clear], distance.argmin(1)[clear])
 
 
 def test_the_first_of_equal_codes(impl, device):

@@ -303,7 +303,9 @@ def test_tied_files_may_hold_their_table_twice():
 def test_old_exports_of_the_vit_carry_a_counter():
     model = build("vit")
     state = {**model.state_dict(), "model.embeddings.position_ids": torch.arange(11)[None]}
-    MaskGITViT.from_original(state, dict(model.config))
+    again = MaskGITViT.from_original(state, dict(model.config)).state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
 
 
 def test_bad_input_is_one_sentence():

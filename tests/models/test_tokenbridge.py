@@ -121,7 +121,8 @@ def test_channels_have_noise_of_their_own():
         part.bias.zero_()
     values = run(model, scale=1.0, samples=range(5))[0].values.flatten(0, 1)
     for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert (values[:, one] == values[:, other]).float().mean() < 0.5
+        # One in eight by chance; with the same noise, all of them.
+        assert (values[:, one] == values[:, other]).float().mean() < 0.25
     assert values.unique().tolist() == list(range(8))
 
 

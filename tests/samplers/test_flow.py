@@ -131,8 +131,10 @@ def test_times_of_training():
         times = mode_times(uniform, scale)
         assert times[0] == pytest.approx(1) and times[-1] == pytest.approx(0, abs=1e-6)
         assert (times.diff() < 0).all()
-    middle = ((mode_times(torch.rand(20000), 1.0) - 0.5).abs() < 0.25).float().mean()
-    assert middle > 0.55, "the middle is denser"
+    # Half of the draws lie in the middle 29 % of the times: 1 - u - (cos²(π u / 2) - 1 + u) at u = 1/4, 1/2 and 3/4.
+    cosine = math.cos(math.pi / 8) ** 2
+    middle = mode_times(torch.tensor([0.25, 0.5, 0.75]), 1.0)
+    assert middle.tolist() == pytest.approx([1.5 - cosine, 0.5, cosine - 0.5])
 
 
 def test_logit_normal_times_of_training():
