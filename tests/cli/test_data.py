@@ -68,3 +68,29 @@ def test_complete_emoji_data_is_only_verified(tmp_path, capsys):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert main(["data", "emoji", "--out", str(tmp_path)]) == 0
     assert "0 pictures of 64 px" in capsys.readouterr().out
+
+
+def test_info_shows_every_split_and_why_samples_are_left_out(tmp_path, capsys):
+    for name in ("Train/cat/1.png", "Train/dog/2.png", "Test/cat/3.png", "more/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "Train/dog/2.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "Test/metadata.jsonl").write_text('{"file_name": "cat/3.png", "text": "a cat"}\n')
+    (tmp_path / "manifest.json").write_text('["of another program"]')
+    assert main(["data", "info", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "more/ is no split and is not read" in said
+    assert "train: 2 pictures found, 1 used; 1 labelled (1 class); no captions" in said
+    assert "1 skipped: text that is not UTF-8, such as dog/2.png" in said
+    assert "test: 1 picture found, 1 used; 1 labelled (1 class); 1 caption from Test/metadata.jsonl" in said
+    assert main(["data", "info", str(tmp_path), "--split", "heldout"]) == 2
+    assert "no split 'heldout': found train, test" in capsys.readouterr().err
+    assert main(["data", "info", str(tmp_path / "Train"), "--held-out", "5%"]) == 2  # one picture cannot be divided
+
+
+def test_info_shows_what_training_would_hold_out(tmp_path, capsys):
+    for number in range(9):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    assert main(["data", "info", str(tmp_path), "--held-out", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "train: 6 pictures found" in said and "heldout: 3 pictures found" in said

@@ -65,7 +65,7 @@ def _samples(where: Layout, folder: Path, names: Sequence[str], tables: Sequence
     stems = Counter(_stem(name) for name in pictures)
     samples = []
     # A bar for those who wait: a million sidecars on a slow disk take minutes.
-    for name in tqdm(pictures, desc="reading captions", unit="picture", delay=2, leave=False):
+    for name in tqdm(pictures, desc="reading captions", unit="picture", delay=2, leave=False, disable=None):
         stem = _stem(name)
         try:
             record = _record(folder, sidecars.get(f"{stem}.json"))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as F
 
 from vgen.data.dataset import ImageDataset
 from vgen.data.sources import open_data
-from vgen.data.splits import find_split
+from vgen.data.splits import find_split, layout
 from vgen.data.tokens import TokenDataset
-from vgen.errors import VgenError
 from vgen.files import atomic_path
 
 
@@ -29,7 +28,7 @@ def describe(path: str | Path, split: str | None = None, examples: int = 8, held
     if file:
         return _describe_tokens(file, examples)
     data = open_data(path, held_out)
-    lines = [str(data.report), *_manifest_lines(Path(path))]
+    lines = [str(data.report), *_licence_lines(layout(path).manifest)]
     for name in data.splits if split is None else [find_split(split, data.splits, path)]:
         source = data.source(name)
         captions = [sample.caption for sample in source.samples]
@@ -103,12 +102,6 @@ def _caption_lines(captions: list[str], examples: int) -> list[str]:
     return lines + [f"  {caption}" for caption in given[::step][:examples]]
 
 
-def _manifest_lines(path: Path) -> list[str]:
-    file = (path if path.is_dir() else path.parent) / "manifest.json"
-    if not file.is_file():
-        return []
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise VgenError(f"{file} is not JSON ({error}): build the dataset again") from error
-    return [f"licence of the {part}: {text}" for part, text in manifest.get("licences", {}).items()]
+def _licence_lines(manifest: Mapping[str, Any]) -> list[str]:
+    licences = manifest.get("licences")
+    return [f"licence of the {part}: {text}" for part, text in licences.items()] if isinstance(licences, dict) else []

@@ -24,7 +24,10 @@ def read_shards(shards: Sequence[Path]) -> tuple[list[Sample], Tally]:
     """The samples of one split's shards, and what was met. Raises VgenError for a broken shard."""
     tally = Tally()
     # A bar for those who wait: big data on a slow disk takes minutes.
-    indexed = {shard: read_index(shard) for shard in tqdm(shards, desc="indexing", unit="shard", delay=2, leave=False)}
+    indexed = {
+        shard: read_index(shard)
+        for shard in tqdm(shards, desc="indexing", unit="shard", delay=2, leave=False, disable=None)
+    }
     keys = Counter(sample.key for samples in indexed.values() for sample in samples)
     result = []
     for shard, samples in indexed.items():
