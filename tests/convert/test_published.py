@@ -261,6 +261,18 @@ def test_a_file_of_unknown_name_is_found_in_the_folder_of_its_repository(tmp_pat
         locate("nar-c2i-L-256", tmp_path)
 
 
+@pytest.mark.parametrize("inside", ["", "MaskGen/", "fun-research/MaskGen/"])
+@pytest.mark.parametrize("kind", ["vq-L", "vq-XL", "kl-L", "kl-XL"])
+def test_maskgen_is_found_beside_its_tokenizer_from_another_repository(tmp_path, inside, kind):
+    model = touch(tmp_path / f"{inside}maskgen_{kind.lower().replace('-', '_')}.bin")
+    names_of = {"vq": "tatitok_bl128_vq.bin", "kl": "tatitok_bl32_vae.bin"}
+    tokenizer = touch(tmp_path / "TA-TiTok" / names_of[kind[:2]])
+    for pattern in published("clip-vit-l-14-336").files:
+        touch(tmp_path / "clip-vit-large-patch14-336" / pattern.replace("*", ""))
+    found = locate(f"maskgen-{kind}", tmp_path)
+    assert found["model"] == model and found["tokenizer"] == tokenizer
+
+
 def test_the_first_of_several_names_is_taken(tmp_path, monkeypatch):
     touch(tmp_path / "vq_ds16_c2i.pt")
     other = touch(tmp_path / "NAR-imagenet-256-XXL" / "last_version.pt")

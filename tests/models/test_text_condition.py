@@ -1,5 +1,6 @@
 """Captions through a real, tiny T5: cleaning, padding, features, guidance, files."""
 
+import shutil
 import sys
 
 import pytest
@@ -92,3 +93,16 @@ def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(VgenError, match=r"captions need ftfy.*vgen\[text\]"):
         T5Captions.from_pretrained("/nowhere")
+
+
+def test_an_encoder_in_two_shards_gives_the_same_features(encoder_folder, captions, tmp_path):
+    """As FLAN-T5-XL is published: model-0000x-of-00002.safetensors and an index."""
+    folder = tmp_path / "flan-t5-xl"
+    shutil.copytree(encoder_folder, folder)
+    (folder / "model.safetensors").unlink()
+    captions.encoder.save_pretrained(folder, max_shard_size="10KB")
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) >= 2 and (folder / "model.safetensors.index.json").is_file()
+    sharded = T5Captions.from_pretrained(str(folder), TOKENS, torch.float32)
+    one, other = (found.captions(["a red cat"]).extras["features"] for found in (captions, sharded))
+    assert one.abs().sum() > 0 and torch.equal(one, other)
