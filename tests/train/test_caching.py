@@ -187,3 +187,6 @@ def test_a_costly_decoder_is_asked_for_some_pictures(tmp_path, pictures, monkeyp
     )
     reports = cache_tokens(tmp_path / "flextok", pictures, tmp_path / "out", size=32, batch_size=4, say=str)
     assert asked == [4, 4] and [report.images for report in reports] == [12, 6]
+    # Pictures smaller than the largest come back in their own size.
+    small = cache_tokens(tmp_path / "flextok", pictures, tmp_path / "small", size=16, batch_size=4, say=str)
+    assert asked[2:] == [4, 4] and all(0 < report.psnr < 60 for report in small)

@@ -184,7 +184,8 @@ class Coder:
         """psnr [B] of the pictures decoded again, in dB. tokens: what is cached of them; levels of channels are not, but their latents."""
         spec = self.tokenizer.spec
         tokens = tokens if spec.levels is None else self.tokenizer.encode(pixels)
-        decoded = self.tokenizer.decode(tokens, grid=spec.grid(*pixels.shape[-2:]))
+        size = pixels.shape[-2:]
+        decoded = self.tokenizer.decode(tokens, grid=spec.grid(*size), **spec.size_options(*size))
         return psnr(to_uint8(pixels), to_uint8(decoded)).float().cpu()
 
     def describe(self, tensors: Mapping[str, Tensor]) -> str:
