@@ -73,6 +73,12 @@ def find_tokenizer(folder: str | Path) -> Path:
     )
 
 
+def saved_config(folder: str | Path) -> dict[str, Any]:
+    """What the tokenizer saved in `folder` (see `find_tokenizer`) was made with: its class and constructor arguments, no versions."""
+    config = read_json(find_tokenizer(folder) / "config.json")
+    return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+
+
 def saved_class(folder: str | Path) -> Any:
     """The class of the tokenizer saved in `folder` (see `find_tokenizer`); no weights are read."""
     folder = find_tokenizer(folder)

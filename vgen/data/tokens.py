@@ -3,8 +3,8 @@
 NAME.safetensors   tokens [M, N], or [M, A, N] with A augmented variants of every picture; int16 or int32
                    of a continuous tokenizer: tokens [M, (A,) N, C] float16, the means of its posteriors, and `deviations` like
                    them, their standard deviations, where it has any; `low` and `low_deviations`: of the same pictures made smaller
-NAME.json          captions, labels, keys, class names, grid, vocabulary or channels, and which tokenizer made them; aesthetic scores
-                   where the pictures have any
+NAME.json          captions, labels, keys, class names, grid, vocabulary or channels, and which tokenizer made them (its weights' digest
+                   and its config); aesthetic scores where the pictures have any
 """
 
 from __future__ import annotations
@@ -103,18 +103,19 @@ def write_tokens(
     vocabulary: int | None,
     tokenizer: str,
     tokenizer_sha256: str = "",
+    tokenizer_config: Mapping[str, Any] | None = None,
     class_names: Sequence[str] = (),
     low_grid: tuple[int, int, int] | None = None,
     more: Mapping[str, Tensor] | None = None,
     aesthetics: Sequence[float] = (),
-) -> None:
-    """Writes a token set: `path` (.safetensors) and its sidecar (.json).
+) -> str:
+    """Writes a token set: `path` (.safetensors) and its sidecar (.json). Returns the digest of the sidecar.
 
     tokens: integer `[M, N]` or `[M, A, N]` in [0, vocabulary), N positions of `grid` (T, H, W) in raster order; vocabulary None:
     floats `[M, N, C]` or `[M, A, N, C]`, with `more` as the module says (deviations, low, low_deviations).
     aesthetics: a score of every picture, NaN where it is not known (empty: none is).
-    tokenizer, tokenizer_sha256: name or path of the tokenizer, and the digest of its weights, so that a generator trained on these
-    tokens can be paired with the right decoder.
+    tokenizer, tokenizer_sha256, tokenizer_config: name or path of the tokenizer, the digest of its weights, and its config, so that
+    a generator trained on these tokens can be paired with the right decoder.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -141,6 +142,7 @@ def write_tokens(
         **asdict(spec),
         "tokenizer": tokenizer,
         "tokenizer_sha256": tokenizer_sha256,
+        "tokenizer_config": None if tokenizer_config is None else dict(tokenizer_config),
     }
     text = json.dumps(record, ensure_ascii=False, indent=1)
     with atomic_path(path.with_suffix(".json")) as temporary:
@@ -148,6 +150,7 @@ def write_tokens(
     with atomic_path(path) as temporary:
         # The digest ties the two files together: a half-finished rewrite must not pair new captions with old tokens.
         save_file(stored, temporary, metadata={"sidecar_sha256": _digest(text)})
+    return _digest(text)
 
 
 class TokenDataset(EpochDataset):
@@ -181,7 +184,8 @@ class TokenDataset(EpochDataset):
                 raise KeyError("tokens")
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise VgenError(f"{path} is not a token set of `vgen tokenize` ({error}): make it again") from error
-        if metadata.get("sidecar_sha256") != _digest(text):
+        self.sidecar_sha256 = _digest(text)
+        if metadata.get("sidecar_sha256") != self.sidecar_sha256:
             raise VgenError(
                 f"{path.name} and {sidecar.name} do not belong together: make them again with `vgen tokenize`"
             )
@@ -197,7 +201,9 @@ class TokenDataset(EpochDataset):
         self.labels: list[int] = fields["labels"]
         self.keys: list[str] = fields["keys"]
         self.class_names = tuple(fields["class_names"])
-        scores = record.get("aesthetics", [])  # sets of the past have none
+        # Sets of the past have neither of these two.
+        self.tokenizer_config: dict[str, Any] | None = record.get("tokenizer_config")
+        scores = record.get("aesthetics", [])
         self.aesthetics = torch.tensor([math.nan if score is None else score for score in scores])
 
     def __len__(self) -> int:

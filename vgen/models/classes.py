@@ -11,25 +11,39 @@ from einops import rearrange
 from torch import Tensor
 
 from vgen.errors import VgenError, nearest
+from vgen.models.class_names import class_number
 from vgen.models.vocabulary import SavesVocabulary, Vocabulary
 from vgen.samplers.types import Condition
 
 
 @dataclass(frozen=True)
 class ClassVocabulary:
-    """One prefix id per class, 0 to classes - 1, and the null class `classes` behind them."""
+    """One prefix id per class, 0 to classes - 1, and the null class `classes` behind them. class_names: by label; empty: not known."""
 
     classes: int
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.classes
 
-    def labels(self, labels: Sequence[int]) -> Condition:
-        """One class a row: ids [B, 1]. Raises VgenError for a label out of range."""
-        for label in labels:
-            if not 0 <= int(label) < self.classes:
-                raise VgenError(f"class labels of this model are 0 to {self.classes - 1}, got {int(label)}")
-        return self._condition([int(label) for label in labels])
+    @property
+    def unconditional(self) -> bool:
+        """Whether there is nothing to choose from."""
+        return self.classes == 0
+
+    def labels(self, labels: Sequence[int | str], strict: bool = True) -> Condition:
+        """One class a row, by number or name: ids [B, 1]. strict: VgenError for a class that is not there; else numbers below 0
+        (pictures without a label) become the null class."""
+        return self._condition(
+            [
+                class_number(label, self.classes, self.class_names) if strict or label >= 0 else self.classes
+                for label in labels
+            ]
+        )
+
+    def named(self, class_names: Sequence[str]) -> ClassVocabulary:
+        """The same classes with names."""
+        return ClassVocabulary(self.classes, tuple(class_names))
 
     def null(self, batch: int) -> Condition:
         """The null class: the unconditional row of classifier-free guidance."""
@@ -37,7 +51,10 @@ class ClassVocabulary:
 
     def captions(self, captions: Sequence[str], limit: int = 0, strict: bool = True) -> Condition:
         """Raises VgenError: a class-conditional model takes no prompt."""
-        raise VgenError(f"this model knows {self.classes} classes and no words; give a class label instead of a prompt")
+        names = f", such as {self.class_names[0]!r}" if self.class_names else ""
+        raise VgenError(
+            f"this model knows {self.classes} classes and no words; give a class label{names} instead of a prompt"
+        )
 
     def drop(self, condition: Condition, share: float, uniform: torch.Tensor | None = None) -> Condition:
         """Training: every row becomes the null class with probability `share`. uniform: [B] draws."""

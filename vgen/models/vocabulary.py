@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vgen.errors import VgenError, first_line, nearest
 from vgen.files import atomic_path
+from vgen.models.class_names import FILE as NAMES
+from vgen.models.class_names import class_number, load_names, save_names
 from vgen.samplers.types import Condition
 
 PAD, START, UNKNOWN, FIRST_CLASS = "<pad>", "<start>", "<unknown>", "<class-{}>"
@@ -25,26 +27,30 @@ class Vocabulary:
     The position of `<start>` gives the offset of the visual positions, so the null prefix begins at 0 as in Lumos-1.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, class_names: Sequence[str] = ()):
+        """class_names: by label; empty: not known."""
+        self.tokenizer, self.class_names = tokenizer, tuple(class_names)
         self.pad, self.start, self.unknown = (tokenizer.token_to_id(t) for t in (PAD, START, UNKNOWN))
         ids = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch(FIRST_CLASS.format(r"\d+"), token)]
         self.classes = len(ids)
         self.first_class = min(ids) if ids else None
 
     @classmethod
-    def build(cls, captions: Iterable[str], classes: int = 0) -> Vocabulary:
-        """Every word and punctuation mark of `captions` (lower-cased), most frequent first, and `classes` class tokens."""
+    def build(cls, captions: Iterable[str], classes: int = 0, class_names: Sequence[str] = ()) -> Vocabulary:
+        """Every word and punctuation mark of `captions` (lower-cased), most frequent first, and `classes` class tokens.
+
+        Captions may be empty, all of them too: then the one prefix there is is `<start>`.
+        """
         tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         special = [PAD, START, UNKNOWN, *(FIRST_CLASS.format(i) for i in range(classes))]
         tokenizer.train_from_iterator(captions, trainers.WordLevelTrainer(special_tokens=special, show_progress=False))
-        return cls(tokenizer)
+        return cls(tokenizer, class_names)
 
     @classmethod
     def load(cls, folder: str | Path) -> Vocabulary:
-        """Reads `vocabulary.json` of a model folder."""
+        """Reads `vocabulary.json` of a model folder; `class_names` are left to the caller."""
         path = Path(folder) / FILE
         if not path.is_file():
             raise VgenError(f"{path} is missing: a model folder holds its caption vocabulary beside the weights")
@@ -68,28 +74,39 @@ class Vocabulary:
         """All words a prompt may use."""
         return sorted(token for token in self.tokenizer.get_vocab() if not token.startswith("<"))
 
+    @property
+    def unconditional(self) -> bool:
+        """Whether there is nothing to choose from: no word (no picture had a caption) and no class."""
+        return not self.words and not self.classes
+
     def encode(self, text: str, strict: bool = True) -> list[int]:
-        """Ids of a caption's words. strict: an unknown word is a VgenError, else it becomes `<unknown>`."""
+        """Ids of a caption's words; none of an empty caption, which asks for nothing. strict: an unknown word is a VgenError, else
+        it becomes `<unknown>`."""
         encoding = self.tokenizer.encode(text)
         if strict:
             for index, (begin, end) in zip(encoding.ids, encoding.offsets):
                 if index == self.unknown:
                     word = text[begin:end].lower()
+                    if not self.words:
+                        raise VgenError(
+                            f"this model was trained without captions and knows no words, got the prompt {text!r}; leave the prompt out"
+                        )
                     raise VgenError(
                         f"the prompt {text!r} has the word {word!r}, which this model was not trained with"
                         f"{nearest(word, self.words)}; `vgen sample --list-words` prints the words it knows"
                     )
-            if not encoding.ids:
-                raise VgenError(f"the prompt {text!r} has no words; write what the picture shows, e.g. 'red apple'")
         return encoding.ids
 
-    def class_id(self, label: int) -> int:
-        """The prefix id of a class label."""
+    def class_id(self, label: int | str) -> int:
+        """The prefix id of a class, by number or name."""
         if self.first_class is None:
             raise VgenError("this model was trained without classes; use a prompt")
-        if not 0 <= label < self.classes:
-            raise VgenError(f"class labels of this model are 0 to {self.classes - 1}, got {label}")
-        return self.first_class + label
+        return self.first_class + class_number(label, self.classes, self.class_names)
+
+    def shortened(self, text: str, limit: int) -> str:
+        """The caption as far as a prefix of `limit` ids, `<start>` included, holds it (0: all)."""
+        words = self.tokenizer.encode(text).offsets
+        return text if not limit or len(words) < limit else text[: words[limit - 2][1] if limit > 1 else 0]
 
     def captions(self, captions: Sequence[str], limit: int = 0, strict: bool = True) -> Condition:
         """One `words <start>` prefix a caption; limit: longest prefix of the model, `<start>` included (0: any length)."""
@@ -105,9 +122,13 @@ class Vocabulary:
             rows.append([*ids, self.start])
         return self.condition(rows)
 
-    def labels(self, labels: Sequence[int]) -> Condition:
-        """One `<class-k> <start>` prefix a label."""
-        return self.condition([[self.class_id(int(label)), self.start] for label in labels])
+    def labels(self, labels: Sequence[int | str]) -> Condition:
+        """One `<class-k> <start>` prefix a class, by number or name."""
+        return self.condition([[self.class_id(label), self.start] for label in labels])
+
+    def named(self, class_names: Sequence[str]) -> Vocabulary:
+        """The same vocabulary with names of its classes."""
+        return Vocabulary(self.tokenizer, class_names)
 
     def null(self, batch: int) -> Condition:
         """The empty prefix `<start>`: the unconditional row of classifier-free guidance."""
@@ -141,28 +162,44 @@ class Vocabulary:
 
 
 class SavesVocabulary:
-    """For diffusers models whose `vocabulary` may be a `Vocabulary`: it is saved and loaded beside the weights.
+    """For diffusers models whose `vocabulary` may be a `Vocabulary` or know the names of its classes: saved and loaded beside the weights.
 
-    A model with a config entry `conditioning` has one when that is "words", a model without the entry always.
+    A model with a config entry `conditioning` has a `Vocabulary` when that is "words", a model without the entry always.
     """
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As diffusers, plus `vocabulary.json`."""
+        """As diffusers, plus `vocabulary.json` and `classes.json`."""
         super().save_pretrained(save_directory, **kwargs)
         if isinstance(self.vocabulary, Vocabulary):
             self.vocabulary.save(save_directory)
+        if names := getattr(self.vocabulary, "class_names", ()):
+            save_names(save_directory, names)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """As diffusers, plus the vocabulary saved beside the weights (a folder, or a hub repository)."""
+        """As diffusers, plus the vocabulary and the class names saved beside the weights (a folder, or a hub repository)."""
         model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if model.config.get("conditioning", "words") != "words":
-            return model
-        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
-        if not folder.is_dir():
-            from huggingface_hub import hf_hub_download
-
-            path = hf_hub_download(str(pretrained_model_name_or_path), FILE, subfolder=kwargs.get("subfolder"))
-            folder = Path(path).parent
-        model.vocabulary = Vocabulary.load(folder)
+        kind, subfolder = model.config.get("conditioning", "words"), kwargs.get("subfolder")
+        if kind == "words":
+            path = _beside(pretrained_model_name_or_path, FILE, subfolder)
+            model.vocabulary = Vocabulary.load(path.parent)
+        if hasattr(model.vocabulary, "class_names"):
+            path = _beside(pretrained_model_name_or_path, NAMES, subfolder, optional=True)
+            model.vocabulary = model.vocabulary.named(load_names(path, model.vocabulary.classes))
         return model
+
+
+def _beside(place: str | Path, name: str, subfolder: str | None, optional: bool = False) -> Path | None:
+    """A file of a model folder, or of a hub repository; None for an optional one that the repository does not have."""
+    folder = Path(place) / (subfolder or "")
+    if folder.is_dir():
+        return folder / name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(place), name, subfolder=subfolder))
+    except EntryNotFoundError:
+        if optional:
+            return None
+        raise

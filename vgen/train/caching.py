@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,37 +18,76 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vgen.data.dataset import ImageDataset, open_images
+from vgen.data.identity import digest, pictures_digest
 from vgen.data.images import Augment
 from vgen.data.sources import splits_of
+from vgen.data.token_splits import write_splits
 from vgen.data.tokens import write_tokens
 from vgen.errors import VgenError
-from vgen.files import atomic_path, sha256, write_json
+from vgen.files import atomic_path, sha256
 from vgen.tokenizers_vis.base import to_uint8
-from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer
+from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer, saved_config
 from vgen.train.metrics import psnr
+from vgen.train.split_files import Record, SplitFiles, check_out, complete, marked_splits
 
 PART = 4096  # pictures per part: what a kill can cost at most
+CODING = 1  # raise it when the same bytes become other pixels or tokens: it is part of every cache's identity
 CHECKED = 64  # pictures per part, about, that a decoder of many steps (FlexTok's) makes again
 
 
 @dataclass(frozen=True)
 class View:
     """One variant of every picture: the plain one, its mirror image, random view number `epoch` of an augmented dataset, or
-    the square of side `size` at `corner` (row, column) of a larger picture."""
+    the square of side `size` at `corner` (row, column) of a larger picture. dataset: None where the plain pictures serve."""
 
-    dataset: ImageDataset
+    dataset: ImageDataset | None = None
     epoch: int = 0
     mirror: bool = False
     corner: tuple[int, int] | None = None
     size: int = 0
 
-    def pixels(self, index: int) -> Tensor:
-        """[3, size, size] in [-1, 1]."""
-        image = self.dataset[index, self.epoch]["image"]
+    def pixels(self, index: int, plain: Tensor) -> Tensor:
+        """[3, size, size] in [-1, 1]; plain: the same of the plain picture."""
+        image = plain if self.dataset is None else self.dataset[index, self.epoch]["image"]
         if self.corner is not None:
             top, left = self.corner
             image = image[:, top : top + self.size, left : left + self.size]
         return image.flip(-1) if self.mirror else image
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """Which views of the training pictures are coded (`cache_tokens` says what the fields mean)."""
+
+    flips: bool = False
+    variants: int = 0
+    min_scale: float = 0.8
+    ten_crop: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.variants < 0 or not 0 < self.min_scale <= 1:
+            raise VgenError(
+                f"expected variants >= 0 and min scale in (0, 1], found {self.variants} and {self.min_scale}"
+            )
+        if self.ten_crop and self.ten_crop <= 1:
+            raise VgenError(
+                f"ten crops are cut out of larger pictures: expected a range above 1 such as 1.1, found {self.ten_crop}"
+            )
+
+    def views(self, data: Path, split: str, size: int) -> list[View]:
+        """The plain pictures, and of the training split what is asked for."""
+        views = [View()]
+        if split != "train":
+            return views
+        views += [View(mirror=True)] if self.flips else []
+        if self.variants:
+            flip = 0.5 if self.flips else 0.0
+            augmented = open_images(data, split, size, Augment(flip=flip, min_scale=self.min_scale))
+            views += [View(augmented, epoch=number) for number in range(self.variants)]
+        if self.ten_crop:
+            side = int(size * self.ten_crop)
+            views += ten_crops(open_images(data, split, side), side, size)
+        return views
 
 
 def ten_crops(larger: ImageDataset, side: int, size: int) -> list[View]:
@@ -99,21 +137,19 @@ def cache_tokens(
     size: side in pixels (None: what the dataset's manifest says); flips: add the mirror image of every training picture; variants:
     add so many random crops of at least `min_scale` of a side (mirrored at random with `flips`); ten_crop: add the ten crops of
     the pictures at so many times `size` (0: none; the released LlamaGen, PAR, NAR and RAR: 1.1). Other splits stay plain.
-    low_res: of continuous tokenizers, add the latents of every view at this size (0: none; Hi-MAR: half). Finished splits of the
-    same tokenizer, data and settings are kept; an interrupted split continues after its last part.
+    low_res: of continuous tokenizers, add the latents of every view at this size (0: none; Hi-MAR: half).
+
+    A finished split stays while the bytes of its pictures, the tokenizer and the settings stay; where only captions, labels, keys or
+    class names changed, these are written anew and the tokens stay. What changed is made again, splits that `data` does not have are
+    removed, and an interrupted split continues after its last part. Files that vgen did not write are in the way: VgenError.
     """
-    if batch_size < 1 or variants < 0 or not 0 < min_scale <= 1:
-        raise VgenError(
-            f"expected batch size >= 1, variants >= 0 and min scale in (0, 1], found {batch_size}, {variants} and {min_scale}"
-        )
-    if ten_crop and ten_crop <= 1:
-        raise VgenError(
-            f"ten crops are cut out of larger pictures: expected a range above 1 such as 1.1, found {ten_crop}"
-        )
+    if batch_size < 1:
+        raise VgenError(f"expected a batch size >= 1, found {batch_size}")
+    settings = ViewSettings(flips, variants, min_scale, ten_crop)
     data, out = Path(data), Path(out)
-    if out.is_file():
-        raise VgenError(f"{out} is a file, expected a folder to write")
     size = size or _manifest_size(data)
+    splits = splits_of(data)
+    check_out(out, splits)
     folder = find_tokenizer(model)
     tokenizer = open_tokenizer(folder)
     tokenizer.spec.grid(size, size)
@@ -126,27 +162,22 @@ def cache_tokens(
             raise VgenError(f"the smaller pictures have 1 to {size - 1} pixels a side, got --low-res {low_res}")
         tokenizer.spec.grid(low_res, low_res)
     tokenizer.to(device)
-    encode = Coder(tokenizer, low_res)
-    digest = sha256(folder / SAFETENSORS_WEIGHTS_NAME)
-    reports = []
-    for split in splits_of(data):
-        plain = open_images(data, split, size)
-        views = [View(plain)]
-        if split == "train":
-            augmented = open_images(data, split, size, Augment(flip=0.5 if flips else 0.0, min_scale=min_scale))
-            views += [View(plain, mirror=True)] if flips else []
-            views += [View(augmented, epoch=number) for number in range(variants)]
-            if ten_crop:
-                side = int(size * ten_crop)
-                views += ten_crops(open_images(data, split, side), side, size)
-        settings = [digest, str(data.resolve()), split, size, flips, variants, min_scale, ten_crop, low_res, plain.keys]
-        identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-        report = _finished(out, split, identity)
-        if report is None:
-            report = _cache_split(encode, folder, digest, plain, views, out, split, size, identity, batch_size)
-            write_json(_report_path(out, split), {"identity": identity, **asdict(report)})
-        reports.append(report)
-        say(str(report))
+    coding = Coding(
+        Coder(tokenizer, low_res), folder, sha256(folder / SAFETENSORS_WEIGHTS_NAME), saved_config(folder), size
+    )
+    reports, sidecars = [], {}
+    for split in splits:
+        dataset, views = open_images(data, split, size), settings.views(data, split, size)
+        record, news = coding.cache(SplitFiles(out, split), dataset, views, settings, batch_size)
+        sidecars[split] = record.sidecar_sha256
+        reports.append(SplitReport(**record.report))
+        say(f"{reports[-1]}{news}")
+    write_splits(out, sidecars)
+    for files in marked_splits(out):
+        if files.split not in splits:
+            files.remove()
+            files.remove_parts()
+            say(f"{files.split}: {data} has no such split, its old tokens are removed")
     return reports
 
 
@@ -201,80 +232,127 @@ class Coder:
         return f"{int((counts > 0).sum())} of {vocabulary} codes in use (perplexity {perplexity:.0f})"
 
 
-def _report_path(out: Path, split: str) -> Path:
-    return out / f"{split}.report.json"
+@dataclass(frozen=True)
+class Coding:
+    """A frozen tokenizer, where it comes from, and the size at which it sees pictures."""
 
+    encode: Coder
+    folder: Path
+    digest: str
+    config: Mapping[str, Any]
+    size: int
 
-def _finished(out: Path, split: str, identity: str) -> SplitReport | None:
-    """The report of a split that is already there, made from the same tokenizer, data and settings."""
-    path = _report_path(out, split)
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    complete = record.pop("identity") == identity and Path(record["path"]).is_file()
-    return SplitReport(**record) if complete else None
+    def cache(
+        self,
+        files: SplitFiles,
+        dataset: ImageDataset,
+        views: Sequence[View],
+        settings: ViewSettings,
+        batch_size: int,
+    ) -> tuple[Record, str]:
+        """Makes the files of a split, or as much of them as changed. Returns their record, and in words what stayed ("": nothing)."""
+        seen = asdict(settings) if len(views) > 1 else None
+        identity = digest(
+            CODING,
+            self.digest,
+            self.config,
+            self.size,
+            self.encode.low_res,
+            seen,
+            pictures_digest(dataset.source, files.split),
+        )
+        found = files.record()
+        if found is None or found.identity != identity or not files.intact(found):
+            return self._make(files, dataset, views, identity, batch_size), ""
+        description = digest(self._description(dataset, found.unreadable))
+        if found.description == description:
+            record = replace(found, report={**found.report, "path": str(files.tokens)})
+            return record, " (kept: same pictures, captions, tokenizer and settings)"
+        report = {**found.report, "path": str(files.tokens)}
+        record = self._write(files, dataset, load_file(files.tokens), identity, found.unreadable, report)
+        return (
+            record,
+            " (tokens kept: same pictures, tokenizer and settings; captions, labels and class names written anew)",
+        )
 
-
-def _cache_split(
-    encode: Coder,
-    folder: Path,
-    digest: str,
-    dataset: ImageDataset,
-    views: Sequence[View],
-    out: Path,
-    split: str,
-    size: int,
-    identity: str,
-    batch_size: int,
-) -> SplitReport:
-    parts = out / f".{split}-{identity[:16]}"  # another tokenizer, other data or settings: another folder
-    for old in out.glob(f".{split}-*") if out.is_dir() else ():
-        if old != parts:
-            shutil.rmtree(old, ignore_errors=True)
-    parts.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(dataset), PART)
-    with tqdm(total=len(dataset), desc=split, unit="image", disable=None) as bar:
-        for start in starts:
-            stop = min(start + PART, len(dataset))
-            path = parts / f"{start:09d}.safetensors"
-            if not path.is_file():
-                part = _encode(encode, dataset, views, range(start, stop), batch_size, bar)
+    def _make(
+        self, files: SplitFiles, dataset: ImageDataset, views: Sequence[View], identity: str, batch_size: int
+    ) -> Record:
+        parts = files.parts(identity)
+        files.remove_parts(keep=parts)
+        parts.mkdir(parents=True, exist_ok=True)
+        starts = range(0, len(dataset), PART)
+        with tqdm(total=len(dataset), desc=files.split, unit="image", disable=None) as bar:
+            for start in starts:
+                stop = min(start + PART, len(dataset))
+                path = parts / f"{start:09d}.safetensors"
+                if complete(path):
+                    bar.update(stop - start)
+                    continue
+                part = _encode(self.encode, dataset, views, range(start, stop), batch_size, bar)
                 with atomic_path(path) as temporary:
                     save_file(part, temporary)
-            else:
-                bar.update(stop - start)
-    loaded = [load_file(parts / f"{start:09d}.safetensors") for start in starts]
-    names = dict.fromkeys(key for part in loaded for key in part)  # a part without readable pictures has no tokens
-    whole = {key: torch.cat([part[key] for part in loaded if key in part]) for key in names}
-    indices, quality = whole.pop("index").tolist(), whole.pop("psnr")
-    tensors = whole if len(views) > 1 else {key: part[:, 0] for key, part in whole.items()}
-    target, spec, low = out / f"{split}.safetensors", encode.tokenizer.spec, encode.low_res
-    _report_path(out, split).unlink(missing_ok=True)  # the old report must not vouch for half-written new files
-    write_tokens(
-        target,
-        tensors["tokens"],
-        captions=[dataset.captions[i] for i in indices],
-        labels=[dataset.labels[i] for i in indices],
-        keys=[dataset.keys[i] for i in indices],
-        grid=spec.grid(size, size),
-        vocabulary=spec.vocabulary,
-        tokenizer=str(folder),
-        tokenizer_sha256=digest,
-        class_names=dataset.class_names,
-        low_grid=spec.grid(low, low) if low else None,
-        more={key: part for key, part in tensors.items() if key != "tokens"},
-        aesthetics=[] if all(map(math.isnan, dataset.aesthetics)) else [dataset.aesthetics[i] for i in indices],
-    )
-    shutil.rmtree(parts)
-    return SplitReport(
-        split=split,
-        images=len(indices),
-        variants=len(views),
-        skipped=len(dataset) - len(indices),
-        psnr=quality.mean().item() if len(quality) else None,
-        tokens=encode.describe(whole),
-        path=str(target),
-    )
+        loaded = [load_file(parts / f"{start:09d}.safetensors") for start in starts]
+        names = dict.fromkeys(key for part in loaded for key in part)  # a part without readable pictures has no tokens
+        whole = {key: torch.cat([part[key] for part in loaded if key in part]) for key in names}
+        indices, quality = whole.pop("index").tolist(), whole.pop("psnr")
+        tensors = whole if len(views) > 1 else {key: part[:, 0] for key, part in whole.items()}
+        report = SplitReport(
+            split=files.split,
+            images=len(indices),
+            variants=len(views),
+            skipped=len(dataset) - len(indices),
+            psnr=quality.mean().item() if len(quality) else None,
+            tokens=self.encode.describe(whole),
+            path=str(files.tokens),
+        )
+        unreadable = sorted(set(range(len(dataset))) - set(indices))
+        record = self._write(files, dataset, tensors, identity, unreadable, asdict(report))
+        files.remove_parts()
+        return record
+
+    def _write(
+        self,
+        files: SplitFiles,
+        dataset: ImageDataset,
+        tensors: Mapping[str, Tensor],
+        identity: str,
+        unreadable: Sequence[int],
+        report: Mapping[str, Any],
+    ) -> Record:
+        spec, low = self.encode.tokenizer.spec, self.encode.low_res
+        description = self._description(dataset, unreadable)
+        files.write(
+            Record(identity)
+        )  # from here on the files are ours, and nothing vouches for them before they are whole
+        sidecar = write_tokens(
+            files.tokens,
+            tensors["tokens"],
+            grid=spec.grid(self.size, self.size),
+            vocabulary=spec.vocabulary,
+            tokenizer_sha256=self.digest,
+            tokenizer_config=self.config,
+            low_grid=spec.grid(low, low) if low else None,
+            more={key: part for key, part in tensors.items() if key != "tokens"},
+            **description,
+        )
+        record = Record(identity, digest(description), sidecar, sha256(files.tokens), list(unreadable), dict(report))
+        files.write(record)
+        return record
+
+    def _description(self, dataset: ImageDataset, unreadable: Sequence[int]) -> dict[str, Any]:
+        """What is said about the pictures that have tokens."""
+        gaps = set(unreadable)
+        kept = [index for index in range(len(dataset)) if index not in gaps]
+        aesthetics = [] if all(map(math.isnan, dataset.aesthetics)) else [dataset.aesthetics[i] for i in kept]
+        return {
+            "captions": [dataset.captions[i] for i in kept],
+            "labels": [dataset.labels[i] for i in kept],
+            "keys": [dataset.keys[i] for i in kept],
+            "class_names": list(dataset.class_names),
+            "aesthetics": aesthetics,
+            "tokenizer": str(self.folder),
+        }
 
 
 @torch.no_grad()
@@ -282,25 +360,26 @@ def _encode(
     encode: Coder, dataset: ImageDataset, views: Sequence[View], indices: range, batch_size: int, bar: tqdm
 ) -> dict[str, Tensor]:
     """What `encode` gives, [M, A, …] each; psnr of those plain views that were decoded again; index [M] of the readable pictures."""
-    # A dataset replaces an unreadable picture by the next readable one: its key tells.
     rows: dict[str, list[Tensor]] = {}
     quality, kept = [], []
     for start in range(0, len(indices), batch_size):
         wanted = indices[start : start + batch_size]
-        readable = [i for i in wanted if dataset[i]["key"] == dataset.keys[i]]
+        # A dataset replaces an unreadable picture by the next readable one: its key tells.
+        items = {i: dataset[i] for i in wanted}
+        readable = {i: item["image"] for i, item in items.items() if item["key"] == dataset.keys[i]}
         bar.update(len(wanted))
         if not readable:
             continue
         found = []
         for number, view in enumerate(views):
-            pixels = torch.stack([view.pixels(i) for i in readable]).to(encode.tokenizer.device)
+            pixels = torch.stack([view.pixels(i, plain) for i, plain in readable.items()]).to(encode.tokenizer.device)
             found.append(encode(pixels))
             if number == 0 and encode.checked(start):
                 quality.append(encode.round_trip(pixels, found[0]["tokens"]))
         for key in found[0]:
             stacked = torch.stack([part[key] for part in found], dim=1).cpu()
             rows.setdefault(key, []).append(stacked if stacked.is_floating_point() else stacked.to(torch.int32))
-        kept += readable
+        kept += list(readable)
     index = torch.tensor(kept, dtype=torch.int64)
     return {
         **{key: torch.cat(parts) for key, parts in rows.items()},

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from vgen.data.batches import batches, collate
+from vgen.data.token_splits import check_together
 from vgen.data.tokens import TokenDataset, TokenSetSpec
 from vgen.errors import VgenError
 from vgen.files import sha256
@@ -28,7 +29,7 @@ from vgen.models.text_condition import T5Captions
 from vgen.models.vocabulary import Vocabulary
 from vgen.pipelines.visual import VisualPipeline
 from vgen.samplers.types import Condition
-from vgen.tokenizers_vis.registry import open_tokenizer
+from vgen.tokenizers_vis.registry import open_tokenizer, saved_config
 from vgen.train.config import (
     TrainConfig,
     require,
@@ -141,6 +142,7 @@ class GeneratorSystem:
         folder = Path(config.data.tokens)
         self.train_tokens = TokenDataset(folder / f"{config.data.train_split}.safetensors", config.seed)
         self.held_out = TokenDataset(folder / f"{config.data.held_out_split}.safetensors", config.seed)
+        check_together(self.train_tokens, self.held_out)
         self.tokenizer = self._tokenizer()
         self.vocabulary = self._vocabulary()
         self.model = self._make_model()
@@ -180,17 +182,23 @@ class GeneratorSystem:
             captions.encoder.requires_grad_(False).to(self.device)
             return captions
         if condition.kind == "class":
-            return ClassVocabulary(len(data.class_names))
-        return Vocabulary.build(data.captions, len(data.class_names) if condition.class_share else 0)
+            return ClassVocabulary(len(data.class_names), data.class_names)
+        classes = data.class_names if condition.class_share else ()
+        return Vocabulary.build(data.captions, len(classes), classes)
 
     def _tokenizer(self) -> ModelMixin | None:
         folder = self.config.data.tokenizer
         if folder is None:
             return None
         found = sha256(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
-        if self.train_tokens.tokenizer_sha256 not in ("", found):
+        differs = "its weights differ" if self.train_tokens.tokenizer_sha256 not in ("", found) else ""
+        config, made_with = saved_config(folder), self.train_tokens.tokenizer_config
+        if made_with is not None and not differs:
+            changed = sorted(key for key in {**config, **made_with} if config.get(key) != made_with.get(key))
+            differs = f"in its config {', '.join(changed)} changed" if changed else ""
+        if differs:
             raise VgenError(
-                f"the tokens in {self.config.data.tokens} were made with another tokenizer than {folder} (its weights differ); "
+                f"the tokens in {self.config.data.tokens} were made with another tokenizer than {folder} ({differs}); "
                 "run `vgen tokenize` again or name the right tokenizer"
             )
         return open_tokenizer(folder).to(self.device)
@@ -233,7 +241,7 @@ class GeneratorSystem:
         if self.config.condition.kind == "text":
             return self.vocabulary.captions(captions)
         if isinstance(self.vocabulary, ClassVocabulary):
-            return self.vocabulary.labels(labels.tolist())
+            return self.vocabulary.labels(labels.tolist(), strict=False)
         limit = self.model.config.get("prefix_limit", 0)
         rows = []
         for index, (caption, label) in enumerate(zip(captions, labels.tolist())):
@@ -262,8 +270,8 @@ class GeneratorSystem:
         else:
             names = [self.train_tokens.captions[i] for i in spread(len(self.train_tokens), 16)]
             limit = self.model.config.get("prefix_limit", 0)
-            if limit:
-                names = [name for name in names if len(self.vocabulary.encode(name)) < limit]
+            if limit:  # as training cuts them
+                names = [self.vocabulary.shortened(name, limit) for name in names]
             images = pipe(names, seed=seed).images
         return sheet(images, names, columns=4, scale=max(1, 128 // images[0].width))
 
