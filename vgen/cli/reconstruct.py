@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--input", required=True, type=Path, metavar="PATH", help="a picture, a folder, or shards")
     parser.add_argument(
-        "--split", default="heldout", help="which split of a dataset (default: heldout, else all there is)"
+        "--split", metavar="NAME", help="which split of a dataset (default: heldout; without one, says which is taken)"
     )
     parser.add_argument(
         "--count", type=whole(0), default=0, metavar="N", help="only the first N pictures (default, and 0: all)"
@@ -96,58 +99,60 @@ def run(args: argparse.Namespace) -> None:
     """Loads, reconstructs, writes the sheet and prints a line per number of tokens."""
     from tqdm import tqdm
 
+    from vgen.data.batches import large_batch
     from vgen.eval import reconstruction
-    from vgen.eval.reconstruction import cost, joined, reconstruct_batches
+    from vgen.eval.reconstruction import cost, measure
     from vgen.files import atomic_path
     from vgen.layers.pixels import to_images
     from vgen.viz.sheets import sheet
 
     device = usable_device(args.device)
     tokenizer = load_tokenizer(args.model, args.checkpoint_dir)
-    size = height, width = reconstruction.picture_size(tokenizer.spec, args.size, _manifest_size(args.input) or 256)
-    pixels = load_pictures(args.input, args.split, size)
-    pixels = pixels[: args.count] if args.count else pixels
+    size = height, width = reconstruction.picture_size(tokenizer.spec, args.size, _size_of(args.input) or 256)
+    pictures = open_pictures(args.input, args.split, size)
+    print(pictures.found)
+    total = min(args.count or pictures.count, pictures.count)
+    if note := large_batch(args.batch_size, total):
+        print(note)
     lpips = _lpips(args.lpips_vgg, args.lpips_heads) if args.lpips_vgg else None
     tokenizer.to(device)
 
-    shown = min(args.shown, len(pixels))
-    images, labels = to_images(pixels[:shown]), ["original"] * shown
+    bar = tqdm(
+        islice(pictures.items, args.count or None),
+        total=total,
+        unit="image",
+        desc="reconstructing",
+        delay=1,
+        leave=False,
+        disable=None,
+    )
+    settings = {"steps": args.steps, "guidance": args.guidance, "lpips": lpips, "batch_size": args.batch_size}
+    originals, measured = measure(tokenizer, bar, args.num_tokens or [None], shown=args.shown, **settings)
+    count, shown = len(measured[0].figures["psnr"]), len(originals)
+    images, labels = to_images(originals), ["original"] * shown
     rows = []
-    for kept in args.num_tokens or [None]:
-        batches = reconstruct_batches(
-            tokenizer, pixels, kept, steps=args.steps, guidance=args.guidance, lpips=lpips, batch_size=args.batch_size
-        )
-        total = -(-len(pixels) // args.batch_size)
-        result = joined(list(tqdm(batches, total=total, unit="batch", desc="reconstructing", delay=1, leave=False)))
-        price, means = cost(tokenizer.spec, height, width, kept), result.means()
+    for result in measured:
+        price, means = cost(tokenizer.spec, height, width, result.num_tokens), result.means()
         rows.append(
             {"tokens": price.tokens, "bits_per_pixel": price.bits_per_pixel, "compression": price.compression, **means}
         )
-        images += to_images(result.reconstruction[:shown])
+        images += to_images(result.shown)
         unit = "token" if price.tokens == 1 else "tokens"
         labels += [f"{price.tokens} {unit}, {value:.1f} dB" for value in result.figures["psnr"][:shown].tolist()]
         figures = f"PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.3f}" + (
             f", LPIPS {means['lpips']:.3f}" if lpips is not None else ""
         )
         print(
-            f"{len(pixels)} pictures of {height if height == width else f'{height} x {width}'} px, {price.tokens} {unit} each ({price.bits_per_pixel:.3g} bits per pixel, "
+            f"{count} pictures of {height if height == width else f'{height} x {width}'} px, {price.tokens} {unit} each ({price.bits_per_pixel:.3g} bits per pixel, "
             f"1/{price.compression:.0f} of raw pixels): {figures}"
         )
     with atomic_path(args.out) as temporary:
         sheet(images, labels, columns=shown, scale=max(1, 128 // height)).save(temporary)
     print(f"sheet: {args.out}")
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "model": args.model,
-                    "pictures": len(pixels),
-                    "size": height if height == width else size,
-                    "rows": rows,
-                    "out": str(args.out),
-                }
-            )
-        )
+        named = {"model": args.model, "split": pictures.split, "pictures": count}
+        named["size"] = height if height == width else size
+        print(json.dumps({**named, "rows": rows, "out": str(args.out)}))
 
 
 def load_tokenizer(model: str, checkpoint_dir: Path | None = None):
@@ -170,24 +175,54 @@ def load_tokenizer(model: str, checkpoint_dir: Path | None = None):
     )
 
 
-def load_pictures(path: Path, split: str, size: int | tuple[int, int]) -> Tensor:
-    """[M, 3, H, W] in [-1, 1] of `size` (H, W), or of a side: one picture, or a split of a dataset (all of it where it is not divided)."""
-    import torch
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures [3, H, W] in [-1, 1], read one after the other as they are taken; count: of them and of those that turn out
+    unreadable; split: its name (None: one picture, which is no dataset); found: what there is and what of it is measured."""
 
+    items: Iterator[Tensor]
+    count: int
+    split: str | None
+    found: str
+
+
+def open_pictures(path: Path, split: str | None, size: int | tuple[int, int]) -> Pictures:
+    """One picture, or a split of a dataset. split: None is heldout; where there is none, another one, and `found` says which.
+
+    Raises VgenError for a split that does not exist, listing those that do, and for what is no data.
+    """
     from vgen.data.dataset import open_images
     from vgen.data.images import read_image, view
-    from vgen.data.sources import splits_of
+    from vgen.data.sources import open_data
 
     if path.is_file() and path.suffix != ".tar":
-        return view(read_image(path), size, None, None)[None]
-    known = splits_of(path)
-    dataset = open_images(path, split if split in known else known[0], size)
-    return torch.stack([item["image"] for item in dataset.readable()])
+        if split is not None:
+            raise VgenError(f"{path} is one picture and has no split {split!r}; leave --split out")
+        return Pictures(iter([view(read_image(path), size, None, None)]), 1, None, f"{path}: one picture")
+    data = open_data(path)
+    others = [name for name in data.splits if name != "train"]
+    chosen = split or next((name for name in ("heldout", *others) if name in data.splits), "train")
+    dataset = open_images(data, chosen, size)
+    note = f"measured: the {len(dataset)} pictures of split {chosen}"
+    if split is None and chosen != "heldout":
+        seen = "; a tokenizer trained on this data has seen them" if chosen == "train" else ""
+        note += f", for the data has no split heldout (it has {', '.join(data.splits)}){seen}"
+    items = (item["image"] for item in dataset.readable())
+    return Pictures(items, len(dataset), chosen, f"{data.report}\n{note}")
 
 
-def _manifest_size(path: Path) -> int | None:
-    manifest = path / "manifest.json"
-    return int(json.loads(manifest.read_text(encoding="utf-8"))["image_size"]) if manifest.is_file() else None
+def load_pictures(path: Path, split: str | None, size: int | tuple[int, int]) -> Tensor:
+    """All pictures of `open_pictures` at once: [M, 3, H, W]."""
+    import torch
+
+    return torch.stack(list(open_pictures(path, split, size).items))
+
+
+def _size_of(path: Path) -> int | None:
+    """What the dataset's manifest says; None of a single picture."""
+    from vgen.data.splits import manifest_size
+
+    return None if path.is_file() and path.suffix != ".tar" else manifest_size(path)
 
 
 def _lpips(vgg: Path, heads: Path):

@@ -14,7 +14,8 @@ EPILOG = """examples:
   vgen tokenize --model … --data … --out … --ten-crop            add the ten crops that ImageNet recipes train on
   vgen tokenize --model emoji-kl --data … --out … --low-res 32   continuous latents, also of the pictures at 32 px (Hi-MAR)
 
-Writes OUT/SPLIT.safetensors and OUT/SPLIT.json for every split. Interrupted, the same command continues."""
+Writes OUT/SPLIT.safetensors and OUT/SPLIT.json for every split. Interrupted, the same command continues. Run again, it codes what
+changed since (pictures, tokenizer, settings; for captions, labels and class names the tokens stay) and keeps the rest."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a shipped tokenizer (such as emoji-kl), or a folder that `vgen train` or `vgen convert` wrote",
     )
-    parser.add_argument("--data", required=True, metavar="PATH", type=Path, help="image folder or shards")
+    parser.add_argument(
+        "--data", required=True, metavar="PATH", type=Path, help="image folder, shards, or a pattern of them (d/*.tar)"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", type=Path, help="where the token sets go")
     parser.add_argument(
         "--size",
@@ -63,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="continuous tokenizers: add the latents of the same pictures at this size, which Hi-MAR starts from",
     )
     parser.add_argument(
+        "--held-out",
+        default="auto",
+        metavar="N|P%",
+        help="so many training pictures, or such a share, become the split heldout (default: 5%% where the data has no other split)",
+    )
+    parser.add_argument(
         "--batch-size", type=whole(1), default=32, metavar="B", help="pictures coded together (default 32)"
     )
     parser.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda, … (default: cuda where there is one)")
@@ -93,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
         min_scale=args.min_scale,
         ten_crop=args.ten_crop,
         low_res=args.low_res,
+        held_out=args.held_out,
         batch_size=args.batch_size,
         device=usable_device(args.device),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
@@ -13,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vgen.data.dataset import EpochDataset
 from vgen.errors import VgenError
+
+LARGE_BATCH = 256
+log = logging.getLogger("vgen.data")
 
 
 def batches(
@@ -42,6 +46,18 @@ def batches(
             f"batches need batch_size >= 1, start_step >= 0 and 0 <= rank < world, "
             f"found batch_size {batch_size}, start_step {start_step}, rank {rank}, world {world}"
         )
+    if batch_size * world > len(dataset) and rank == 0:
+        log.warning(
+            "every step holds %d samples, and there are %d: each is in it %.3g times, which costs time and teaches nothing new; "
+            "a batch_size of at most %d would do",
+            batch_size * world,
+            len(dataset),
+            batch_size * world / len(dataset),
+            max(1, len(dataset) // world),
+        )
+    share = getattr(dataset, "share_with_workers", None)
+    if workers and share:
+        share()
     plan = _Plan(len(dataset), batch_size, seed, start_step, rank, world, isinstance(dataset, EpochDataset))
     loader = DataLoader(
         dataset,
@@ -57,6 +73,14 @@ def batches(
         report = getattr(dataset, "report_bad_files", None)
         if report and not sys.is_finalizing():  # a stream still open at exit: torch aborts when it is used that late
             report()
+
+
+def large_batch(batch_size: int, count: int) -> str:
+    """A sentence where so many of `count` pictures go through a network in one call that nothing else is seen for long, else ""."""
+    together = min(batch_size, count)
+    if together < LARGE_BATCH:
+        return ""
+    return f"{together} pictures at once, as the batch size is {batch_size}: this takes much memory, and long before the first is done"
 
 
 def batch_indices(

@@ -52,7 +52,7 @@ class ImageDataset(EpochDataset):
     ):
         self.source, self.size, self.augment, self.seed = source, size, augment, seed
         self._cache: dict[int, Tensor] | None = {} if cache else None
-        self._bad = torch.zeros(len(source.keys), dtype=torch.bool).share_memory_()  # workers write it too
+        self._bad = torch.zeros(len(source.keys), dtype=torch.bool)
         self._reported = 0
         self.item(0, 0)  # finds out now, not in a worker later, that nothing at all is readable
 
@@ -109,6 +109,17 @@ class ImageDataset(EpochDataset):
     def readable(self) -> Iterator[dict]:
         """Every readable item once, in order, without substitutes: for caching tokens, evaluation, contact sheets."""
         return filter(None, map(self.own_item, range(len(self))))
+
+    def share_with_workers(self) -> None:
+        """Bad files that a DataLoader worker finds are known here and to the other workers, too. Raises VgenError where this machine
+        has no shared memory (containers often have little or none in /dev/shm)."""
+        try:
+            self._bad.share_memory_()
+        except (OSError, RuntimeError) as error:
+            raise VgenError(
+                f"loading pictures in several processes needs shared memory (/dev/shm), and there is none to be had ({error}); "
+                "set data.workers=0, or give the container some (docker run --shm-size=1g)"
+            ) from error
 
     def report_bad_files(self) -> None:
         """Logs, once per number of bad files, how many were skipped and which."""

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vgen.data.images import BadFile
+from vgen.data.samples import Readable
 from vgen.data.sources import Source
 
 
@@ -20,13 +21,14 @@ def digest(*values: Any) -> str:
 def pictures_digest(source: Source, name: str) -> str:
     """The digest of all pictures of a source, as their files are. name: what the progress bar of a long reading is called."""
     whole = hashlib.sha256()
-    for index in tqdm(range(len(source.keys)), desc=f"{name}: comparing", unit="image", delay=2, leave=False):
-        whole.update(_picture_digest(source, index))
+    for sample in tqdm(source.samples, desc=f"{name}: comparing", unit="image", delay=2, leave=False):
+        files = [_file_digest(picture) for picture in sample.pictures]
+        whole.update(digest(files).encode())
     return whole.hexdigest()
 
 
-def _picture_digest(source: Source, index: int) -> bytes:
+def _file_digest(file: Readable) -> str:
     try:
-        return hashlib.sha256(source.image(index)).digest()
+        return hashlib.sha256(file.read()).hexdigest()
     except (BadFile, OSError):
-        return bytes(hashlib.sha256().digest_size)  # no file has this digest; one that becomes readable gets its own
+        return ""  # no file has this digest; one that becomes readable gets its own

@@ -212,3 +212,9 @@ def _manifest(root: Path) -> Mapping[str, Any]:
     if manifest.get("complete") is False:
         raise VgenError(f"{root} is not finished: run `vgen data {manifest.get('kind', '')}` again to complete it")
     return {**manifest, "classes": [str(name) for name in classes]}
+
+
+def manifest_size(path: str | Path) -> int | None:
+    """The side of its pictures in pixels, where the data's manifest.json says so. Raises VgenError as `layout` does."""
+    size = layout(path).manifest.get("image_size")
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None

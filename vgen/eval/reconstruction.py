@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -85,11 +86,13 @@ def reconstruct_batches(
     guidance: float | None = None,
     lpips: nn.Module | None = None,
     batch_size: int = 16,
+    first: int = 0,
 ) -> Iterator[Reconstruction]:
     """Codes and decodes pictures [M, 3, H, W] in [-1, 1], a batch at a time.
 
     num_tokens: keep so many of the tokens (tokenizers of flexible length only); steps, guidance: of generative decoders, which
-    start from noise that belongs to the picture. A picture comes back the same whatever the batch size (`decode_each`). Raises VgenError for options that the tokenizer does not have.
+    start from noise that belongs to the picture; first: the number of the first one. A picture comes back the same whatever the batch
+    size (`decode_each`). Raises VgenError for options that the tokenizer does not have.
     """
     grid = tokenizer.spec.grid(*pixels.shape[-2:])
     full = grid_size(grid)
@@ -102,7 +105,7 @@ def reconstruct_batches(
         part = pixels[start : start + batch_size].to(tokenizer.device, tokenizer.dtype)
         tokens = encode_each(tokenizer, part)
         kept, shape = (tokens, grid) if num_tokens in (None, full) else (tokens[:, :num_tokens], None)
-        samples = torch.arange(start, start + len(part))
+        samples = torch.arange(first + start, first + start + len(part))
         made = decode_each(tokenizer, kept, shape, samples=samples, **options)
         part, made = part.float().cpu(), made.float().cpu().clamp(-1, 1)
         real, copy = to_uint8(part), to_uint8(made)
@@ -118,3 +121,49 @@ def joined(parts: list[Reconstruction]) -> Reconstruction:
     return Reconstruction(
         torch.cat([part.pixels for part in parts]), torch.cat([part.reconstruction for part in parts]), figures
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number of tokens over many pictures: a figure [M] per name, and the first reconstructions [s, 3, H, W]."""
+
+    num_tokens: int | None
+    figures: dict[str, Tensor]
+    shown: Tensor
+
+    def means(self) -> dict[str, float]:
+        """The mean of every figure."""
+        return {name: values.mean().item() for name, values in self.figures.items()}
+
+
+def measure(
+    tokenizer: ModelMixin,
+    pictures: Iterable[Tensor],
+    num_tokens: Sequence[int | None] = (None,),
+    *,
+    shown: int = 0,
+    batch_size: int = 16,
+    **options: Any,
+) -> tuple[Tensor, list[Measured]]:
+    """Measures pictures [3, H, W] as they come: no more than a batch and the first `shown` are in memory, however many there are.
+
+    Returns the first pictures [s, 3, H, W] and a result for each of `num_tokens`. options: of `reconstruct_batches`. Raises VgenError
+    as that does, and where there is no picture.
+    """
+    originals, made, figures = [], [[] for _ in num_tokens], [[] for _ in num_tokens]
+    seen, pictures = 0, iter(pictures)
+    while batch := list(islice(pictures, batch_size)):
+        pixels, keep = torch.stack(batch), max(0, shown - seen)
+        for row, kept in enumerate(num_tokens):
+            (result,) = reconstruct_batches(tokenizer, pixels, kept, batch_size=len(batch), first=seen, **options)
+            figures[row].append(result.figures)
+            made[row].append(result.reconstruction[:keep].clone())
+        originals.append(pixels[:keep].clone())
+        seen += len(batch)
+    if not seen:
+        raise VgenError("there are no pictures to measure: none can be read")
+    rows = [
+        Measured(kept, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(images))
+        for kept, parts, images in zip(num_tokens, figures, made)
+    ]
+    return torch.cat(originals), rows

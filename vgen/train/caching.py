@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,14 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from vgen.data.batches import large_batch
 from vgen.data.dataset import ImageDataset, open_images
+from vgen.data.heldout import AUTO
 from vgen.data.identity import digest, pictures_digest
 from vgen.data.images import Augment
-from vgen.data.sources import splits_of
+from vgen.data.sources import Collection, open_data, splits_of
+from vgen.data.splits import manifest_size
 from vgen.data.token_splits import write_splits
 from vgen.data.tokens import write_tokens
 from vgen.errors import VgenError
-from vgen.files import atomic_path, sha256
+from vgen.files import atomic_path, sha256, sole_user
 from vgen.tokenizers_vis.base import to_uint8
 from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer, saved_config
 from vgen.train.metrics import psnr
@@ -74,7 +76,7 @@ class ViewSettings:
                 f"ten crops are cut out of larger pictures: expected a range above 1 such as 1.1, found {self.ten_crop}"
             )
 
-    def views(self, data: Path, split: str, size: int) -> list[View]:
+    def views(self, data: Collection, split: str, size: int) -> list[View]:
         """The plain pictures, and of the training split what is asked for."""
         views = [View()]
         if split != "train":
@@ -128,6 +130,7 @@ def cache_tokens(
     min_scale: float = 0.8,
     ten_crop: float = 0.0,
     low_res: int = 0,
+    held_out: str | int | None = AUTO,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = print,
@@ -137,7 +140,8 @@ def cache_tokens(
     size: side in pixels (None: what the dataset's manifest says); flips: add the mirror image of every training picture; variants:
     add so many random crops of at least `min_scale` of a side (mirrored at random with `flips`); ten_crop: add the ten crops of
     the pictures at so many times `size` (0: none; the released LlamaGen, PAR, NAR and RAR: 1.1). Other splits stay plain.
-    low_res: of continuous tokenizers, add the latents of every view at this size (0: none; Hi-MAR: half).
+    low_res: of continuous tokenizers, add the latents of every view at this size (0: none; Hi-MAR: half). held_out: how many training
+    pictures become the split "heldout" ("5%", 200, AUTO; None: as the data is), see `open_data`.
 
     A finished split stays while the bytes of its pictures, the tokenizer and the settings stay; where only captions, labels, keys or
     class names changed, these are written anew and the tokens stay. What changed is made again, splits that `data` does not have are
@@ -146,10 +150,11 @@ def cache_tokens(
     if batch_size < 1:
         raise VgenError(f"expected a batch size >= 1, found {batch_size}")
     settings = ViewSettings(flips, variants, min_scale, ten_crop)
-    data, out = Path(data), Path(out)
-    size = size or _manifest_size(data)
-    splits = splits_of(data)
-    check_out(out, splits)
+    out = Path(out)
+    size = size or manifest_size(data)
+    if size is None:
+        raise VgenError(f"{data} has no manifest.json that names an image size; give it with --size")
+    check_out(out, splits_of(data, held_out))
     folder = find_tokenizer(model)
     tokenizer = open_tokenizer(folder)
     tokenizer.spec.grid(size, size)
@@ -165,19 +170,30 @@ def cache_tokens(
     coding = Coding(
         Coder(tokenizer, low_res), folder, sha256(folder / SAFETENSORS_WEIGHTS_NAME), saved_config(folder), size
     )
+    collection = open_data(data, held_out)
+    say(str(collection.report))
+    with sole_user(out, "tokenizing"):
+        return _cache_splits(coding, collection, out, settings, batch_size, say)
+
+
+def _cache_splits(
+    coding: Coding, data: Collection, out: Path, settings: ViewSettings, batch_size: int, say: Callable[[str], None]
+) -> list[SplitReport]:
     reports, sidecars = [], {}
-    for split in splits:
-        dataset, views = open_images(data, split, size), settings.views(data, split, size)
+    for split in data.splits:
+        dataset, views = open_images(data, split, coding.size), settings.views(data, split, coding.size)
+        if note := large_batch(batch_size, min(PART, len(dataset))):
+            say(f"{split}: {note}")
         record, news = coding.cache(SplitFiles(out, split), dataset, views, settings, batch_size)
         sidecars[split] = record.sidecar_sha256
         reports.append(SplitReport(**record.report))
         say(f"{reports[-1]}{news}")
     write_splits(out, sidecars)
     for files in marked_splits(out):
-        if files.split not in splits:
+        if files.split not in data.splits:
             files.remove()
             files.remove_parts()
-            say(f"{files.split}: {data} has no such split, its old tokens are removed")
+            say(f"{files.split}: {data.path} has no such split, its old tokens are removed")
     return reports
 
 
@@ -364,9 +380,8 @@ def _encode(
     quality, kept = [], []
     for start in range(0, len(indices), batch_size):
         wanted = indices[start : start + batch_size]
-        # A dataset replaces an unreadable picture by the next readable one: its key tells.
-        items = {i: dataset[i] for i in wanted}
-        readable = {i: item["image"] for i, item in items.items() if item["key"] == dataset.keys[i]}
+        items = {i: dataset.own_item(i) for i in wanted}
+        readable = {i: item["image"] for i, item in items.items() if item is not None}
         bar.update(len(wanted))
         if not readable:
             continue
@@ -386,11 +401,3 @@ def _encode(
         "psnr": torch.cat([torch.empty(0), *quality]),
         "index": index,
     }
-
-
-def _manifest_size(data: Path) -> int:
-    path = data / "manifest.json"
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["image_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VgenError(f"{data} has no manifest.json that names an image size; give it with --size") from error
