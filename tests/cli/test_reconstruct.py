@@ -41,7 +41,9 @@ def test_a_folder_and_a_picture(folder, vq, tmp_path, capsys):
     assert main([*arguments, "--input", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     # 8x8 codes of 5 bits for 16x16 pixels.
-    assert any("3 pictures of 16 px, 64 tokens each (1.25 bits per pixel, 1/19 of raw pixels): PSNR" in line for line in lines)
+    assert any(
+        "3 pictures of 16 px, 64 tokens each (1.25 bits per pixel, 1/19 of raw pixels): PSNR" in line for line in lines
+    )
     report = json.loads(lines[-1])
     assert report["pictures"] == 3 and report["rows"][0]["tokens"] == 64 and 0 < report["rows"][0]["psnr"] < 30
     assert Image.open(out).width > 3 * 16
@@ -111,3 +113,72 @@ def test_pictures_that_are_not_square(folder, vq, tmp_path, capsys):
 def test_a_size_is_a_side_or_height_x_width(size, vq, folder, capsys):
     assert main(["reconstruct", "--model", vq, "--input", str(folder), f"--size={size}"]) == 2
     assert "height x width such as 192x256" in capsys.readouterr().err
+
+
+def divided(folder, *splits):
+    """The three pictures in every split, darker from split to split."""
+    for number, split in enumerate(splits):
+        (folder / split).mkdir()
+        for path in sorted(folder.glob("*.png")):
+            Image.open(path).convert("RGB").point(lambda value, part=number: value // (part + 1)).save(
+                folder / split / path.name
+            )
+    for path in folder.glob("*.png"):
+        path.unlink()
+    return folder
+
+
+def test_which_split_is_measured(folder, vq, tmp_path, capsys):
+    divided(folder, "train", "val", "test")
+    arguments = [
+        "reconstruct",
+        "--model",
+        vq,
+        "--out",
+        str(tmp_path / "s.png"),
+        "--size",
+        "16",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    figures = {}
+    for asked, measured in ((None, "val"), ("train", "train"), ("val", "val"), ("test", "test")):
+        assert main([*arguments, "--input", str(folder), *(["--split", asked] if asked else [])]) == 0
+        out = capsys.readouterr().out
+        report = json.loads(out.splitlines()[-1])
+        assert report["split"] == measured and f"measured: the 3 pictures of split {measured}" in out
+        assert ("no split heldout (it has train, val, test)" in out) == (asked is None)
+        figures.setdefault(measured, []).append(report["rows"][0]["psnr"])
+    assert figures["val"][0] == figures["val"][1] and len({values[0] for values in figures.values()}) == 3
+    for split, words in (("heldout", "no split 'heldout': found train, val, test"), ("vall", "did you mean 'val'")):
+        assert main([*arguments, "--input", str(folder), "--split", split]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_undivided_pictures_are_training_pictures_and_it_says_so(folder, vq, tmp_path, capsys):
+    arguments = ["reconstruct", "--model", vq, "--out", str(tmp_path / "s.png"), "--size", "16", "--device", "cpu"]
+    assert main([*arguments, "--input", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "3 pictures of split train, for the data has no split heldout (it has train)" in out
+    assert "a tokenizer trained on this data has seen them" in out
+    assert main([*arguments, "--input", str(folder), "--split", "heldout"]) == 2
+    assert "no split 'heldout'" in capsys.readouterr().err
+    assert main([*arguments, "--input", str(folder / "a.png"), "--split", "train"]) == 2
+    assert "is one picture and has no split 'train'" in capsys.readouterr().err
+
+
+def test_no_more_pictures_are_read_than_asked_for(folder, vq, tmp_path, capsys, monkeypatch):
+    from vgen.data.dataset import ImageDataset
+
+    for number in range(30):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / f"n{number:02d}.png")
+    read = []
+    own_item = ImageDataset.own_item
+    monkeypatch.setattr(
+        ImageDataset, "own_item", lambda self, index, *rest: (read.append(index), own_item(self, index, *rest))[1]
+    )
+    arguments = ["reconstruct", "--model", vq, "--input", str(folder), "--out", str(tmp_path / "s.png"), "--size", "16"]
+    assert main([*arguments, "--device", "cpu", "--count", "5", "--batch-size", "2", "--shown", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"] == 5
+    assert max(read) <= 5

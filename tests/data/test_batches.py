@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vgen.data.batches import batch_indices, batches, collate
+from vgen.data.batches import batch_indices, batches, collate, large_batch
 from vgen.data.dataset import open_images
 from vgen.errors import VgenError
 
@@ -113,3 +113,35 @@ def test_collate():
 def test_bad_arguments(options):
     with pytest.raises(VgenError, match="rank < world"):
         next(batches(Numbers(3), **{"batch_size": 2, "seed": 0} | options))
+
+
+def test_a_batch_beyond_the_data_is_announced_before_the_first_step(caplog):
+    with caplog.at_level(logging.WARNING, "vgen.data"):
+        next(batches(Numbers(24), 1000, 0, world=2, rank=1))
+        assert not caplog.messages  # one process says it
+        stream = batches(Numbers(24), 1000, 0, world=2)
+        next(stream)
+    (message,) = caplog.messages
+    assert "every step holds 2000 samples, and there are 24: each is in it 83.3 times" in message and "at most 12" in message
+    caplog.clear()
+    next(batches(Numbers(24), 12, 0, world=2))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(("size", "count", "said"), [(255, 9999, ""), (9999, 255, ""), (256, 256, "256 pictures"), (9999, 300, "300 pictures")])
+def test_a_large_batch_is_announced(size, count, said):
+    assert large_batch(size, count).startswith(said) and bool(large_batch(size, count)) == bool(said)
+
+
+def no_shared_memory(*args):
+    raise RuntimeError("unable to open shared memory object: No such file or directory (2)")
+
+
+def test_shared_memory_is_for_workers_alone(tmp_path, monkeypatch):
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_shared_memory)
+    data = open_images(tmp_path, "train", 8)
+    assert next(batches(data, 2, 0))["image"].shape == (2, 3, 8, 8)
+    with pytest.raises(VgenError, match=r"needs shared memory \(/dev/shm\).*set data.workers=0"):
+        next(batches(data, 2, 0, workers=1))

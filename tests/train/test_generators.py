@@ -69,7 +69,8 @@ def test_it_learns_what_the_captions_say_and_samples_it(config_of, system):
 def test_by_classes(config_of, system):
     summary = train(config_of(system, "steps=40", "condition.kind=class"))
     pipe = VisualPipeline.from_pretrained(summary.model)
-    made = pipe(class_labels=[0, 3], seed=1, temperature=0.0).tokens // 8
+    assert pipe.model.vocabulary.class_names == ("a", "b", "c", "d")
+    made = pipe(class_labels=[0, "d"], seed=1, temperature=0.0).tokens // 8
     assert (made[0] == 0).float().mean() > 0.8 and (made[1] == 3).float().mean() > 0.8
     with pytest.raises(VgenError, match="0 to 3, got 4"):
         pipe(class_labels=4)

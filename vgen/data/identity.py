@@ -21,7 +21,7 @@ def digest(*values: Any) -> str:
 def pictures_digest(source: Source, name: str) -> str:
     """The digest of all pictures of a source, as their files are. name: what the progress bar of a long reading is called."""
     whole = hashlib.sha256()
-    for sample in tqdm(source.samples, desc=f"{name}: comparing", unit="image", delay=2, leave=False):
+    for sample in tqdm(source.samples, desc=f"{name}: comparing", unit="image", delay=2, leave=False, disable=None):
         files = [_file_digest(picture) for picture in sample.pictures]
         whole.update(digest(files).encode())
     return whole.hexdigest()

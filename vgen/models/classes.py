@@ -26,20 +26,14 @@ class ClassVocabulary:
     def __len__(self) -> int:
         return self.classes
 
-    @property
-    def unconditional(self) -> bool:
-        """Whether there is nothing to choose from."""
-        return self.classes == 0
+    def class_number(self, label: int | str) -> int:
+        """The number of a class that is given by number or by name. VgenError for a class that is not there."""
+        return class_number(label, self.classes, self.class_names)
 
     def labels(self, labels: Sequence[int | str], strict: bool = True) -> Condition:
         """One class a row, by number or name: ids [B, 1]. strict: VgenError for a class that is not there; else numbers below 0
         (pictures without a label) become the null class."""
-        return self._condition(
-            [
-                class_number(label, self.classes, self.class_names) if strict or label >= 0 else self.classes
-                for label in labels
-            ]
-        )
+        return self._condition([self.class_number(label) if strict or label >= 0 else self.classes for label in labels])
 
     def named(self, class_names: Sequence[str]) -> ClassVocabulary:
         """The same classes with names."""

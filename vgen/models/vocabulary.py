@@ -97,11 +97,15 @@ class Vocabulary:
                     )
         return encoding.ids
 
+    def class_number(self, label: int | str) -> int:
+        """The number of a class that is given by number or by name. VgenError for a class that is not there."""
+        return class_number(label, self.classes, self.class_names)
+
     def class_id(self, label: int | str) -> int:
         """The prefix id of a class, by number or name."""
         if self.first_class is None:
             raise VgenError("this model was trained without classes; use a prompt")
-        return self.first_class + class_number(label, self.classes, self.class_names)
+        return self.first_class + self.class_number(label)
 
     def shortened(self, text: str, limit: int) -> str:
         """The caption as far as a prefix of `limit` ids, `<start>` included, holds it (0: all)."""

@@ -199,7 +199,7 @@ class VisualPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | Iterable[str] | None = None,
-        class_labels: int | Iterable[int] | None = None,
+        class_labels: int | str | Iterable[int | str] | None = None,
         **settings: Any,
     ) -> VisualOutput:
         """Makes `num_images` pictures for every prompt or class label and returns all of them. settings: as for `stream`."""
@@ -215,7 +215,7 @@ class VisualPipeline(DiffusionPipeline):
     def stream(
         self,
         prompt: str | Iterable[str] | None = None,
-        class_labels: int | Iterable[int] | None = None,
+        class_labels: int | str | Iterable[int | str] | None = None,
         *,
         num_images: int = 1,
         first: int = 0,
@@ -439,16 +439,24 @@ class VisualPipeline(DiffusionPipeline):
         return getattr(self.model, "choice_kind", TokenChoice).of(settings)
 
     def _subjects(
-        self, prompt: str | Iterable[str] | None, labels: int | Iterable[int] | None
+        self, prompt: str | Iterable[str] | None, labels: int | str | Iterable[int | str] | None
     ) -> list[str] | list[int]:
-        """What the pictures show: texts, or numbers of classes."""
+        """What the pictures show: texts, or numbers of classes (which may be given by name)."""
+        vocabulary = self.model.vocabulary
+        if prompt is None and labels is None and getattr(vocabulary, "unconditional", False):
+            return [""]
         if (prompt is None) == (labels is None):
             raise VgenError("give either prompts or class labels, not both and not neither")
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else several(prompt, "the prompts (a str, or several)")
             return [string(one, "a prompt") for one in prompts]
         single = isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0
-        return [whole(one, "a class label") for one in ([labels] if single else several(labels, "the class labels"))]
+        listed = [labels] if single else several(labels, "the class labels")
+        named = hasattr(vocabulary, "class_number")
+        return [
+            vocabulary.class_number(one) if named and isinstance(one, str) else whole(one, "a class label")
+            for one in listed
+        ]
 
     def _condition(self, subjects: Sequence[str] | Sequence[int]) -> Condition:
         """One row for each."""

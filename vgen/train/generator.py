@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ from vgen.train.seeds import derived_seed
 from vgen.train.system import Loss, spread, to_dtype
 from vgen.viz.sheets import sheet
 
+log = logging.getLogger("vgen.train")
 CONDITIONS = ("words", "class", "text")
 
 
@@ -184,7 +186,11 @@ class GeneratorSystem:
         if condition.kind == "class":
             return ClassVocabulary(len(data.class_names), data.class_names)
         classes = data.class_names if condition.class_share else ()
-        return Vocabulary.build(data.captions, len(classes), classes)
+        vocabulary = Vocabulary.build(data.captions, len(classes), classes)
+        if vocabulary.unconditional:
+            hint = f" (it has {len(data.class_names)} classes: condition.kind=class)" if data.class_names else ""
+            log.warning("%s has no captions%s: the model learns to make pictures without a prompt", data.path, hint)
+        return vocabulary
 
     def _tokenizer(self) -> ModelMixin | None:
         folder = self.config.data.tokenizer
@@ -314,6 +320,8 @@ class GeneratorSystem:
 
     def _pipeline(self, tokenizer: ModelMixin, model: ModelMixin) -> VisualPipeline:
         settings = asdict(self.config.sampling)
+        if getattr(model.vocabulary, "unconditional", False):  # nothing to be guided to: one row a picture is enough
+            settings |= {"guidance_scale": 1.0, "low_guidance_scale": None}
         return VisualPipeline(
             tokenizer, model, **{**settings, "order": settings["order"] or model.default_order().name}
         )
