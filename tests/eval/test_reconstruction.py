@@ -22,7 +22,7 @@ def vq():
 
 @pytest.fixture(scope="module")
 def pixels():
-    return torch.rand(11, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return torch.rand(11, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 @pytest.mark.parametrize(("batch_size", "shown"), [(1, 3), (4, 3), (4, 6), (11, 11), (16, 99), (4, 0)])
@@ -56,7 +56,7 @@ def test_pictures_do_not_stay_in_memory(vq):
     def stream():
         nonlocal most
         for number in range(40):
-            picture = torch.full((3, 8, 8), number / 40).as_subclass(Picture)
+            picture = torch.full((3, 16, 16), number / 40).as_subclass(Picture)
             alive.add(picture)
             gc.collect()
             most = max(most, len(alive))
