@@ -93,7 +93,9 @@ def test_pictures_that_are_not_square(folder, vq, tmp_path, capsys):
     common = ["reconstruct", "--input", str(folder), "--out", str(out), "--device", "cpu", "--json"]
     assert main([*common, "--model", vq, "--size", "16x24"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "3 pictures of 16 x 24 px, 96 tokens each" in lines[0] and json.loads(lines[-1])["size"] == [16, 24]
+    assert any("3 pictures of 16 x 24 px, 96 tokens each" in line for line in lines) and json.loads(lines[-1])[
+        "size"
+    ] == [16, 24]
     torch.manual_seed(0)
     model = FlexTok(
         vae_family=None, encoder_width=16, encoder_depth=1, decoder_width=16, decoder_depth=1, head_dim=8, patch_size=4,
@@ -182,3 +184,19 @@ def test_no_more_pictures_are_read_than_asked_for(folder, vq, tmp_path, capsys, 
     assert main([*arguments, "--device", "cpu", "--count", "5", "--batch-size", "2", "--shown", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"] == 5
     assert max(read) <= 5
+
+
+def test_pictures_too_small_to_be_measured(folder, vq, tmp_path, capsys):
+    arguments = [
+        "reconstruct",
+        "--model",
+        vq,
+        "--input",
+        str(folder),
+        "--out",
+        str(tmp_path / "s.png"),
+        "--device",
+        "cpu",
+    ]
+    assert main([*arguments, "--size", "8"]) == 2
+    assert "windows of 11 x 11 pixels, so pictures need as many on a side, got 8 x 8" in capsys.readouterr().err

@@ -122,13 +122,19 @@ def test_a_batch_beyond_the_data_is_announced_before_the_first_step(caplog):
         stream = batches(Numbers(24), 1000, 0, world=2)
         next(stream)
     (message,) = caplog.messages
-    assert "every step holds 2000 samples, and there are 24: each is in it 83.3 times" in message and "at most 12" in message
+    assert (
+        "every step holds 2000 samples, and there are 24: each is in it 83.3 times" in message
+        and "at most 12" in message
+    )
     caplog.clear()
     next(batches(Numbers(24), 12, 0, world=2))
     assert not caplog.messages
 
 
-@pytest.mark.parametrize(("size", "count", "said"), [(255, 9999, ""), (9999, 255, ""), (256, 256, "256 pictures"), (9999, 300, "300 pictures")])
+@pytest.mark.parametrize(
+    ("size", "count", "said"),
+    [(255, 9999, ""), (9999, 255, ""), (256, 256, "256 pictures"), (9999, 300, "300 pictures")],
+)
 def test_a_large_batch_is_announced(size, count, said):
     assert large_batch(size, count).startswith(said) and bool(large_batch(size, count)) == bool(said)
 

@@ -45,7 +45,12 @@ LATENTS = {
     },
     "tokenbridge": {**MAR, "buffer": 4, "head_width": 32, "head_layers": 1, "head_heads": 2},
 }  # fmt: skip
-QUICK = {"mar": {"substeps": "4"}, "himar": {"substeps": "4", "low_substeps": "4"}, "xar": {"substeps": 2}}
+# A model of two steps knows nothing: without a bound its diffusion runs away.
+QUICK = {
+    "mar": {"substeps": "4", "clip": 3.0},
+    "himar": {"substeps": "4", "low_substeps": "4", "clip": 3.0},
+    "xar": {"substeps": 2},
+}
 
 
 def recaption(folder, captions):

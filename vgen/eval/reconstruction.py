@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vgen.errors import VgenError
 from vgen.samplers.types import grid_size
 from vgen.tokenizers_vis.base import TokenSpec, decode_each, encode_each, to_uint8
-from vgen.train.metrics import psnr, ssim
+from vgen.train.metrics import WINDOW, psnr, ssim
 
 PIXEL_BITS = 24  # an RGB pixel of 8 bits a channel
 FLOAT_BITS = 16  # a float of a continuous token, stored in half precision
@@ -55,11 +55,15 @@ def cost(spec: TokenSpec, height: int, width: int, num_tokens: int | None = None
 def picture_size(spec: TokenSpec, wanted: tuple[int, int] | None, default: int) -> tuple[int, int]:
     """(H, W) in pixels that pictures are brought to: `wanted`, or what a 1-D tokenizer was made for, or a square of `default`.
 
-    Raises VgenError when the tokenizer cannot take `wanted` (saying which sides it can).
+    Raises VgenError when the tokenizer cannot take `wanted` (saying which sides it can), or when it is too small to be measured.
     """
     if wanted is None:
         wanted = (default, default) if spec.sequence is None else spec.downsample[1:]
     spec.grid(*wanted)
+    if min(wanted) < WINDOW:
+        raise VgenError(
+            f"SSIM compares windows of {WINDOW} x {WINDOW} pixels, so pictures need as many on a side, got {wanted[0]} x {wanted[1]}"
+        )
     return wanted
 
 

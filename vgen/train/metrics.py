@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+WINDOW = 11  # pixels on a side of what SSIM compares
+
+
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB per picture, [B]. x, y: [B, 3, H, W] uint8. Equal pictures give 100 dB."""
     error = (x.double() - y.double()).square().mean(dim=(1, 2, 3)) / 255**2
@@ -16,13 +19,13 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity per picture, [B] (Wang et al. 2004, eq. 13: 11x11 Gaussian window, sigma 1.5), mean over RGB.
 
-    x, y: [B, 3, H, W] uint8, at least 11 px a side; only windows that lie wholly inside count.
+    x, y: [B, 3, H, W] uint8, at least WINDOW px a side; only windows that lie wholly inside count.
     """
     x, y = x.float(), y.float()
-    offsets = torch.arange(11, device=x.device) - 5.0
+    offsets = torch.arange(WINDOW, device=x.device) - WINDOW // 2
     line = torch.exp(-offsets.square() / (2 * 1.5**2))
     line = line / line.sum()
-    window = (line[:, None] * line[None, :]).expand(3, 1, 11, 11)
+    window = (line[:, None] * line[None, :]).expand(3, 1, WINDOW, WINDOW)
     with torch.autocast(x.device.type, enabled=False):  # variances are small differences: bf16 would eat them
         mean_x, mean_y, square_x, square_y, product = (
             F.conv2d(value, window, groups=3) for value in (x, y, x * x, y * y, x * y)
