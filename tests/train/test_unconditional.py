@@ -153,7 +153,9 @@ def test_pictures_without_a_class_train_the_null_class(token_sets, tokenizer, co
             path, old.tokens[:, 0], captions=old.captions, labels=labels, keys=old.keys, grid=old.grid, vocabulary=32,
             tokenizer="none", class_names=old.class_names,
         )  # fmt: skip
-    config = config_of("llamagen", LLAMA, token_sets, condition={"kind": "class", "dropout": 0.0})
+    with pytest.raises(VgenError, match=r"condition.dropout=0: 1 of the 24 pictures of .* have no class"):
+        Trainer(config_of("llamagen", LLAMA, token_sets, condition={"kind": "class", "dropout": 0.0}))
+    config = config_of("llamagen", LLAMA, token_sets, condition={"kind": "class", "dropout": 0.1})
     system = Trainer(config).system
     assert system.full_condition(["", ""], torch.tensor([-1, 2])).ids.tolist() == [[4], [2]]
     _, pipe = trained(config)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vgen.cli.arguments import device, margins, number, usable_device, whole
 from vgen.errors import VgenError, nearest
+from vgen.saved import read_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,9 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--class-label",
         action="append",
-        type=whole(0),
-        metavar="K",
-        help="class number instead of a prompt; repeatable",
+        metavar="K|NAME",
+        help="class instead of a prompt, by number or name; repeatable",
     )
     what.add_argument(
         "--num-images", type=whole(1), default=1, metavar="N", help="pictures for each prompt (default 1)"
@@ -320,7 +320,16 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
         if not prompts:
             raise VgenError(f"the prompt file {args.prompt_file} has no prompts; write one a line")
         return prompts
-    return list(args.prompt or PROMPTS)
+    return list(args.prompt or _default_prompts(args.model))
+
+
+def _default_prompts(model: str) -> tuple[str, ...]:
+    """Examples; of a model that was trained without captions the empty prompt, the only one it knows. Reads no weights."""
+    path = Path(model) / "model" / "vocabulary.json"
+    if not path.is_file():
+        return PROMPTS
+    words = read_json(path).get("model", {}).get("vocab", {})
+    return PROMPTS if any(not word.startswith("<") for word in words) else ("",)
 
 
 def _order_options(pairs: list[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -11,6 +12,8 @@ from tqdm import tqdm
 from vgen.data.images import BadFile
 from vgen.data.samples import Readable
 from vgen.data.sources import Source
+from vgen.files import sha256
+from vgen.saved import weight_files
 
 
 def digest(*values: Any) -> str:
@@ -25,6 +28,13 @@ def pictures_digest(source: Source, name: str) -> str:
         files = [_file_digest(picture) for picture in sample.pictures]
         whole.update(digest(files).encode())
     return whole.hexdigest()
+
+
+def weights_digest(folder: str | Path) -> str:
+    """The digest of the weights of a saved model: of their file, or of the digests of several."""
+    files, _ = weight_files(folder)
+    digests = [sha256(file) for file in files]
+    return digests[0] if len(digests) == 1 else digest(digests)
 
 
 def _file_digest(file: Readable) -> str:

@@ -29,7 +29,9 @@ def read_splits(folder: str | Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        return {str(name): str(sidecar) for name, sidecar in json.loads(path.read_text(encoding="utf-8"))["splits"].items()}
+        return {
+            str(name): str(sidecar) for name, sidecar in json.loads(path.read_text(encoding="utf-8"))["splits"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise VgenError(f"{path} does not say which token sets belong together ({error}); {AGAIN}") from error
 
@@ -39,7 +41,9 @@ def check_together(train: TokenDataset, held_out: TokenDataset) -> None:
     pair = f"{train.path} and {held_out.path} do not belong together"
     tokenizers = [(data.tokenizer_sha256, data.tokenizer_config) for data in (train, held_out)]
     if tokenizers[0] != tokenizers[1]:
-        raise VgenError(f"{pair}: they were made with different tokenizers ({train.tokenizer}, {held_out.tokenizer}); {AGAIN}")
+        raise VgenError(
+            f"{pair}: they were made with different tokenizers ({train.tokenizer}, {held_out.tokenizer}); {AGAIN}"
+        )
     if train.spec != held_out.spec:
         raise VgenError(f"{pair}: one holds {train.spec}, the other {held_out.spec}; {AGAIN}")
     if train.class_names != held_out.class_names:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from vgen.data.batches import large_batch
 from vgen.data.dataset import ImageDataset, open_images
 from vgen.data.heldout import AUTO
-from vgen.data.identity import digest, pictures_digest
+from vgen.data.identity import digest, pictures_digest, weights_digest
 from vgen.data.images import Augment
 from vgen.data.sources import Collection, open_data, splits_of
 from vgen.data.splits import manifest_size
@@ -167,9 +166,7 @@ def cache_tokens(
             raise VgenError(f"the smaller pictures have 1 to {size - 1} pixels a side, got --low-res {low_res}")
         tokenizer.spec.grid(low_res, low_res)
     tokenizer.to(device)
-    coding = Coding(
-        Coder(tokenizer, low_res), folder, sha256(folder / SAFETENSORS_WEIGHTS_NAME), saved_config(folder), size
-    )
+    coding = Coding(Coder(tokenizer, low_res), folder, weights_digest(folder), saved_config(folder), size)
     collection = open_data(data, held_out)
     say(str(collection.report))
     with sole_user(out, "tokenizing"):

@@ -16,21 +16,20 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from torch import Generator, Tensor, nn
 
 from vgen.data.batches import batches, collate
+from vgen.data.identity import weights_digest
 from vgen.data.token_splits import check_together
 from vgen.data.tokens import TokenDataset, TokenSetSpec
 from vgen.errors import VgenError
-from vgen.files import sha256
 from vgen.models.classes import ClassVocabulary
 from vgen.models.text_condition import T5Captions
 from vgen.models.vocabulary import Vocabulary
 from vgen.pipelines.visual import VisualPipeline
 from vgen.samplers.types import Condition
-from vgen.tokenizers_vis.registry import open_tokenizer, saved_config
+from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer, saved_config
 from vgen.train.config import (
     TrainConfig,
     require,
@@ -145,6 +144,7 @@ class GeneratorSystem:
         self.train_tokens = TokenDataset(folder / f"{config.data.train_split}.safetensors", config.seed)
         self.held_out = TokenDataset(folder / f"{config.data.held_out_split}.safetensors", config.seed)
         check_together(self.train_tokens, self.held_out)
+        self._check_labels()
         self.tokenizer = self._tokenizer()
         self.vocabulary = self._vocabulary()
         self.model = self._make_model()
@@ -153,6 +153,18 @@ class GeneratorSystem:
             self._check_sampling()
         self.networks: dict[str, nn.Module] = {"model": TokenObjective(self.model)}
         self.optimizers = {"model": config.optimizer}
+
+    def _check_labels(self) -> None:
+        """Raises VgenError where pictures have no class, and the model none for "no class"."""
+        condition = self.config.condition
+        if condition.kind != "class" or condition.dropout:
+            return
+        for data in (self.train_tokens, self.held_out):
+            if missing := sum(label < 0 for label in data.labels):
+                raise VgenError(
+                    f"condition.dropout=0: {missing} of the {len(data)} pictures of {data.path} have no class, and only a model that "
+                    "trains with condition.dropout above 0 knows pictures without one; set it, or label them"
+                )
 
     def _check_sampling(self) -> None:
         """Raises VgenError for settings that previews and the exported pipeline would stumble over."""
@@ -196,7 +208,7 @@ class GeneratorSystem:
         folder = self.config.data.tokenizer
         if folder is None:
             return None
-        found = sha256(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+        found = weights_digest(find_tokenizer(folder))
         differs = "its weights differ" if self.train_tokens.tokenizer_sha256 not in ("", found) else ""
         config, made_with = saved_config(folder), self.train_tokens.tokenizer_config
         if made_with is not None and not differs:
@@ -338,8 +350,10 @@ def check_generator(config: Any, system: type[GeneratorSystem]) -> TokenSetSpec:
             f"data.tokens: {path} does not exist; make it with `vgen tokenize --model … --data … --out {data.tokens}`",
         )
     if data.tokenizer is not None:
-        path = Path(data.tokenizer) / SAFETENSORS_WEIGHTS_NAME
-        require(path.is_file(), f"data.tokenizer: {path} does not exist; expected a folder written by `vgen train`")
+        try:
+            find_tokenizer(data.tokenizer)
+        except VgenError as error:
+            raise VgenError(f"data.tokenizer: {error}") from error
     condition = config.condition
     require_choice("condition.kind", condition.kind, system.conditions)
     require_share(condition, "dropout", "class_share", prefix="condition.")

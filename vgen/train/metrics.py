@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 WINDOW = 11  # pixels on a side of what SSIM compares
 
 
