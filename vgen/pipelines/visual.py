@@ -450,13 +450,11 @@ class VisualPipeline(DiffusionPipeline):
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else several(prompt, "the prompts (a str, or several)")
             return [string(one, "a prompt") for one in prompts]
+        if not hasattr(vocabulary, "class_number"):
+            raise VgenError("this model takes prompts and knows no classes; give a prompt")
         single = isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0
         listed = [labels] if single else several(labels, "the class labels")
-        named = hasattr(vocabulary, "class_number")
-        return [
-            vocabulary.class_number(one) if named and isinstance(one, str) else whole(one, "a class label")
-            for one in listed
-        ]
+        return [vocabulary.class_number(one) if isinstance(one, str) else whole(one, "a class label") for one in listed]
 
     def _condition(self, subjects: Sequence[str] | Sequence[int]) -> Condition:
         """One row for each."""
@@ -468,9 +466,7 @@ class VisualPipeline(DiffusionPipeline):
             )
         if isinstance(subjects[0], str):
             return vocabulary.captions(subjects, self.model.config.get("prefix_limit", 0))
-        if hasattr(vocabulary, "labels"):
-            return vocabulary.labels(subjects)
-        raise VgenError("this model takes prompts and knows no classes; give a prompt")
+        return vocabulary.labels(subjects)
 
     def _canvas(self, samples: Tensor, painting: Painting | None) -> Canvas:
         config = self.model.config
