@@ -133,7 +133,7 @@ def test_another_tokenizer_is_coded(tmp_path, tokenizer, cache):
     config = json.loads((tmp_path / "tokenizer" / "config.json").read_text())
     (tmp_path / "tokenizer" / "config.json").write_text(json.dumps({**config, "_diffusers_version": "0.0.1"}))
     assert cache()[1] == []
-    (tmp_path / "tokenizer" / "config.json").write_text(json.dumps({**config, "beta": config.get("beta", 0.25) / 2}))
+    (tmp_path / "tokenizer" / "config.json").write_text(json.dumps({**config, "commit_loss_beta": 0.125}))
     assert len(cache()[1]) == 18
 
 
