@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from vgen.errors import VgenError
-from vgen.pipelines.visual import VisualPipeline
+from vgen.pipelines.components import ROLES
+from vgen.pipelines.visual import Sampler, VisualPipeline
 from vgen.saved import has_model, open_saved, read_json, weight_files
 from vgen.tokenizers_vis.registry import open_tokenizer
 from vgen.tokenizers_vis.vq import VQModel
@@ -171,19 +174,49 @@ def test_json(tmp_path):
         read_json(path / "b.json")
 
 
-def test_only_the_named_modules_are_imported(pipeline_folder, tmp_path):
-    import subprocess
-    import sys
-
+@pytest.mark.parametrize("words", [[], ["--model", "FOLDER"]])
+def test_sampling_imports_only_what_it_needs(words, pipeline_folder, tmp_path):
+    words = [str(pipeline_folder) if word == "FOLDER" else word for word in words]
+    words += [
+        "--prompt",
+        "cat" if words else "red heart",
+        "--steps",
+        "2",
+        "--order",
+        "random",
+        "--out",
+        "a.png",
+        "--device",
+        "cpu",
+    ]
     code = f"""
 import sys
-from vgen.pipelines.visual import VisualPipeline
-VisualPipeline.from_pretrained({str(pipeline_folder)!r})
-print(*sorted(name for name in sys.modules if name.startswith(("vgen.models.", "vgen.tokenizers_vis."))))
+from vgen.cli.main import main
+assert main(["sample", *{words!r}]) == 0
+print("modules", *sys.modules)
 """
-    found = subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True
-    ).stdout.split()
-    assert {"vgen.models.anyorder", "vgen.tokenizers_vis.vq"} <= set(found)
-    others = {"vgen.models.mar", "vgen.models.lumina", "vgen.models.mingunivision", "vgen.tokenizers_vis.flextok", "vgen.tokenizers_vis.titok"}  # fmt: skip
-    assert not others & set(found)
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+    found = set(printed.partition("modules ")[2].split())
+    ours = {name for name in found if name.startswith(("vgen.models.", "vgen.tokenizers_vis."))}
+    assert ours <= {
+        "vgen.models.anyorder", "vgen.models.vocabulary", "vgen.tokenizers_vis.base", "vgen.tokenizers_vis.posterior",
+        "vgen.tokenizers_vis.quantizers", "vgen.tokenizers_vis.registry", "vgen.tokenizers_vis.vq",
+    }  # fmt: skip
+    heavy = {
+        "diffusers.pipelines.pipeline_utils",
+        "diffusers.models.autoencoders",
+        "torchvision.transforms.v2",
+        "accelerate.data_loader",
+    }
+    assert not heavy & found
+
+
+def test_both_doors_open_the_same(pipeline_folder):
+    sampler, pipe = Sampler.open(pipeline_folder), VisualPipeline.open(pipeline_folder)
+    assert isinstance(pipe, Sampler) and not isinstance(sampler, VisualPipeline)
+    settings = {key: value for key, value in pipe.config.items() if not key.startswith("_") and key not in ROLES}
+    assert settings == {key: value for key, value in sampler.config.items() if not key.startswith("_")}
+    made = [one(["cat"], num_images=2, seed=5) for one in (sampler, pipe)]
+    assert torch.equal(made[0].tokens, made[1].tokens) and not sampler.model.training
+    assert [image.tobytes() for image in made[0].images] == [image.tobytes() for image in made[1].images]

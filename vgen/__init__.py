@@ -12,7 +12,7 @@ _LAZY = {
     "AnyOrderModel": "vgen.models.anyorder",
     "Vocabulary": "vgen.models.vocabulary",
     "VQModel": "vgen.tokenizers_vis.vq",
-    "VisualPipeline": "vgen.pipelines.visual",
+    "VisualPipeline": "vgen.pipelines.pipeline",
     "UnifiedPipeline": "vgen.pipelines.unified",
     "make_order": "vgen.samplers.orders",
     "decode": "vgen.samplers.decode",
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from vgen.errors import VgenError
     from vgen.models.anyorder import AnyOrderModel
     from vgen.models.vocabulary import Vocabulary
+    from vgen.pipelines.pipeline import VisualPipeline
     from vgen.pipelines.unified import UnifiedPipeline
-    from vgen.pipelines.visual import VisualPipeline
     from vgen.samplers.choice import DiffusionChoice, FlowChoice, TokenChoice
     from vgen.samplers.decode import decode
     from vgen.samplers.guidance import ClassifierFree

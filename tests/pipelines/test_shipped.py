@@ -10,7 +10,8 @@ import torch
 from vgen.cli.main import main
 from vgen.cli.sample import PROMPTS
 from vgen.errors import VgenError
-from vgen.pipelines.visual import SHIPPED, VisualPipeline
+from vgen.pipelines.components import SHIPPED
+from vgen.pipelines.visual import VisualPipeline
 
 
 @pytest.fixture(scope="module")

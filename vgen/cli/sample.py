@@ -15,7 +15,7 @@ from vgen.saved import read_json
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vgen.pipelines.visual import VisualPipeline
+    from vgen.pipelines.visual import Sampler
 
 PROMPTS = (
     "grinning face",
@@ -262,14 +262,14 @@ def run(args: argparse.Namespace) -> None:
 
 def load_pipeline(
     model: str, device: str | None = None, dtype: str = "float32", checkpoint_dir: Path | None = None
-) -> VisualPipeline:
+) -> Sampler:
     """A shipped or published model by name, or a pipeline folder. Raises VgenError when there is none of these."""
     import torch
     from diffusers.utils.logging import disable_progress_bar
 
-    from vgen.convert.load import load_published
     from vgen.convert.published import names
-    from vgen.pipelines.visual import SHIPPED, VisualPipeline
+    from vgen.pipelines.components import SHIPPED
+    from vgen.pipelines.visual import Sampler
 
     disable_progress_bar()  # loading takes a second; its bar would only hide our own lines
     device = usable_device(device)
@@ -283,14 +283,16 @@ def load_pipeline(
                 if alone
                 else f"{model} has no model_index.json, so it is not a vgen pipeline; give the folder that `vgen train` exported"
             )
-        pipe = VisualPipeline.from_pretrained(str(folder))
+        pipe = Sampler.open(folder)
     elif folder.is_file():
         raise VgenError(
             f"{model} is a file; --model takes the name of a shipped model or a pipeline folder with a model_index.json"
         )
     elif model in SHIPPED:
-        pipe = VisualPipeline.shipped(model)
+        pipe = Sampler.shipped(model)
     elif model in names():
+        from vgen.convert.load import load_published
+
         pipe = load_published(model, checkpoint_dir)
     else:
         raise VgenError(

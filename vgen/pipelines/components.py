@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vgen.errors import VgenError
-from vgen.saved import AGAIN, read_json
+from vgen.errors import VgenError, nearest
+from vgen.saved import AGAIN, open_saved, read_json
 from vgen.tokenizers_vis.registry import TOKENIZERS
 
 # Modules whose classes a saved pipeline may hold. Only those that it names are imported, and a file cannot add to this:
@@ -79,3 +82,36 @@ def component_class(module: str, name: str) -> Any:
     if not (isinstance(found, type) and found.__module__ == module and hasattr(found, "from_pretrained")):
         raise VgenError(f"{module} has no model {name}; a newer vgen wrote this pipeline: update vgen")
     return found
+
+
+def parts_of(
+    folder: str | Path, kind: type, given: Mapping[str, Any] | None = None, torch_dtype: Any = None, **options: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and opened components of the pipeline in `folder`, for the class `kind`; only the modules that it names are imported.
+
+    given: components by role, which are not opened. torch_dtype: one, or one per role (and 'default'). options: of `from_pretrained`.
+    VgenError: a folder that is not whole (see `read_index`, `open_saved`), or settings that `kind` does not have.
+    """
+    index, given = read_index(folder), given or {}
+    known = inspect.signature(kind.__init__).parameters
+    settings = {name: value for name, value in index.items() if not name.startswith("_") and name not in ROLES}
+    if newer := [name for name in settings if name not in known]:
+        raise VgenError(
+            f"{folder} has the settings {', '.join(newer)}, which this vgen does not know; a newer vgen wrote it: update vgen"
+        )
+    parts = {}
+    for role, name in component_names(index, folder).items():
+        dtype = torch_dtype.get(role, torch_dtype.get("default")) if isinstance(torch_dtype, Mapping) else torch_dtype
+        if (part := given.get(role)) is None:
+            part = open_saved(component_class(*name), Path(folder) / role, torch_dtype=dtype, **options)
+        parts[role] = part
+    return settings, parts
+
+
+def shipped_folder(name: str) -> Path:
+    """Where the pipeline of a name of SHIPPED lies. VgenError for another name."""
+    if name not in SHIPPED:
+        raise VgenError(
+            f"no model {name!r} ships with vgen{nearest(name, SHIPPED)} (shipped: {', '.join(SHIPPED)}); give a pipeline folder"
+        )
+    return Path(str(resources.files("vgen.assets") / name))

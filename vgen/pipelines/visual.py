@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from vgen.errors import VgenError, first_line
+from vgen.errors import VgenError
 from vgen.layers.pictures import Picture
 from vgen.layers.pixels import to_images
-from vgen.pipelines.components import SHIPPED, component_class, component_names, read_index
-from vgen.pipelines.inpainting import Painting, read_painting
+from vgen.pipelines.components import INDEX, parts_of, shipped_folder
 from vgen.samplers.choice import SamplingSettings, TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import LARGEST, PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order, Step
-from vgen.saved import open_saved
 from vgen.tokenizers_vis.base import decode_each
 from vgen.values import real, several, shown, string, whole
+
+if TYPE_CHECKING:
+    from vgen.pipelines.inpainting import Painting
+
+    pass
 
 ENCODED = (
     1024  # prompts that a frozen text encoder turns into features at a time: of FLAN-T5-XL they take half a GB to 1 GB
@@ -91,7 +92,7 @@ class Batch:
     counters: Counters
 
 
-class VisualPipeline(DiffusionPipeline):
+class Sampler(ConfigMixin):
     """A tokenizer and a generator that fit together, with the sampling settings the generator likes.
 
     tokenizer: see tokenizers_vis/base.py; model: a TokenModel with `vocabulary` (words or classes to conditions),
@@ -100,7 +101,12 @@ class VisualPipeline(DiffusionPipeline):
     defaults of a call, saved in `model_index.json`; choice: a name of `samplers.choice.RECIPES`; substeps, solver, shift, clip: of
     continuous tokens (None: the default of their kind). A model with `grids` of its own makes a small picture first (Hi-MAR);
     low_steps, low_guidance_scale, low_substeps are the settings of that level (None: as the model's, or as the other level's).
+
+    This is all of a pipeline but diffusers' base class, whose import takes longer than a picture: the command line opens this one,
+    everything else `VisualPipeline` (pipelines/pipeline.py), which has the base class as well.
     """
+
+    config_name = INDEX
 
     def __init__(
         self,
@@ -158,43 +164,31 @@ class VisualPipeline(DiffusionPipeline):
             low_substeps=low_substeps,
         )
 
+    def register_modules(self, **modules: Any) -> None:
+        """As diffusers' pipelines, where there is none."""
+        for role, module in modules.items():
+            setattr(self, role, module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the generator is."""
+        return self.model.device
+
     @property
     def grids(self) -> tuple[Grid, ...]:
         """The levels of a canvas, coarse first; most models have one."""
         return _grids(self.model)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualPipeline:
-        """A pipeline folder, or a repository of the hub (owner/name), as diffusers; only the modules that it names are imported.
-
-        Raises VgenError for a folder that is not whole or not of this version of vgen, saying which file and what is wrong.
-        """
-        source = Path(pretrained_model_name_or_path)
-        if not source.is_dir():
-            source = _from_hub(str(pretrained_model_name_or_path), kwargs)
-        index = read_index(source)
-        known = inspect.signature(cls.__init__).parameters
-        if newer := [name for name in index if not name.startswith("_") and name not in known]:
-            raise VgenError(
-                f"{source} has the settings {', '.join(newer)}, which this vgen does not know; a newer vgen wrote it: update vgen"
-            )
-        names = component_names(index, source)
-        options = {name: value for name, value in kwargs.items() if name not in known and name != "torch_dtype"}
-        dtypes = kwargs.get("torch_dtype")
-        for role, name in names.items():
-            if role not in kwargs:
-                dtype = dtypes.get(role, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
-                kwargs[role] = open_saved(component_class(*name), source / role, torch_dtype=dtype, **options)
-        return super().from_pretrained(source, **kwargs)
+    def open(cls, folder: str | Path) -> Self:
+        """The pipeline in a folder. VgenError: the folder is not whole or of a newer vgen, saying which file and what is wrong."""
+        settings, parts = parts_of(folder, cls)
+        return cls(**parts, **settings)
 
     @classmethod
-    def shipped(cls, name: str = "emoji", **kwargs: Any) -> VisualPipeline:
+    def shipped(cls, name: str = "emoji") -> Self:
         """A pipeline whose weights come with the package; no network needed."""
-        if name not in SHIPPED:
-            raise VgenError(
-                f"no model named {name!r} ships with vgen (shipped: {', '.join(SHIPPED)}); give a pipeline folder"
-            )
-        return cls.from_pretrained(str(resources.files("vgen.assets") / name), **kwargs)
+        return cls.open(shipped_folder(name))
 
     def __call__(
         self,
@@ -265,7 +259,11 @@ class VisualPipeline(DiffusionPipeline):
         choice = self._choice(temperature, top_k, top_p, substeps, low_substeps)
         order = self.make_order(order, steps, seed, order_options, low_steps)
         self.model.check_order(order)
-        painting = read_painting(self.tokenizer, self.grids, init_image, mask, outpaint)
+        painting = None
+        if any(given is not None for given in (init_image, mask, outpaint)):
+            from vgen.pipelines.inpainting import read_painting  # it imports torchvision, which only pictures need
+
+            painting = read_painting(self.tokenizer, self.grids, init_image, mask, outpaint)
         shape = self._shape(size)
         # Ids take next to nothing: all are read before the first picture, so that a mistake in the last prompt is an error now.
         block = ENCODED if hasattr(self.model.vocabulary, "encoder") else len(subjects)
@@ -478,23 +476,6 @@ class VisualPipeline(DiffusionPipeline):
         return canvas
 
 
-def _from_hub(name: str, kwargs: dict[str, Any]) -> Path:
-    """The local copy of a hub repository (of the cache, or downloaded). VgenError: no such folder here, and none there."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return Path(name)  # no name of the hub: a folder that is missing, which `read_index` says
-    from huggingface_hub import snapshot_download
-
-    options = {key: kwargs.pop(key) for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **options))
-    except Exception as error:  # the hub client's errors (HTTP, offline, cache, name) have no common base
-        raise VgenError(
-            f"there is no folder {name} here, and the hub gave no repository of this name ({type(error).__name__}: "
-            f"{first_line(error)}); check the path, or connect to the network"
-        ) from error
-
-
 def _first(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -509,3 +490,11 @@ def _check_low(model: ModelMixin, *settings: Any) -> None:
             "low_steps, low_guidance_scale and low_substeps are for models that make a small picture first (Hi-MAR), and "
             "this one does not; leave them out"
         )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "VisualPipeline":  # imported when it is asked for: see `Sampler`
+        from vgen.pipelines.pipeline import VisualPipeline
+
+        return VisualPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
