@@ -9,6 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from data.made import encode, png, put
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,27 +23,9 @@ from vgen.data.sources import splits_of
 from vgen.errors import VgenError
 
 
-def encode(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def png(color=(255, 0, 0), size=(8, 8)):
-    return encode(Image.new("RGB", size, color))
-
-
 def gradient(width=24, height=16, seed=0):
     pixels = np.random.Generator(np.random.Philox(seed)).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def put(root, files):
-    for name, contents in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
-    return root
 
 
 # decoding
