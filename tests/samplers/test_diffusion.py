@@ -175,3 +175,44 @@ def test_a_fresh_head_predicts_nothing():
     head.reset_parameters()
     out = head(torch.randn(5, 4), torch.randint(1000, (5,)), torch.randn(5, 8))
     assert out.shape == (5, 8) and (out == 0).all()
+
+
+def test_the_variational_bound_is_in_bits():
+    """KL between the true and the predicted posterior; at t = 0 the likelihood of the bin of x_0. Against torch.distributions."""
+    process, rng = GaussianDiffusion.named("cosine"), torch.Generator().manual_seed(0)
+    t = torch.tensor([0, 1, 30, 400, 900])
+    x0, noise = 0.5 * torch.randn(2, 5, 3, generator=rng)
+    output = torch.cat((noise + 0.2 * torch.randn(5, 3, generator=rng), torch.rand(5, 3, generator=rng) * 2 - 1), dim=1)
+    mse, bits = diffusion_terms(process, output, x0, noise, t)
+    torch.testing.assert_close(mse, (output[:, :3] - noise).square().mean(dim=1))
+    table = {name: values[t][:, None] for name, values in process.tables.items()}
+    x = table["signal"] * x0 + table["noise"] * noise
+    clean = (x - table["noise"] * output[:, :3]) / table["signal"]
+    true, mean = (table["posterior_x0"] * start + table["posterior_x"] * x for start in (x0, clean))
+    share = (output[:, 3:] + 1) / 2
+    deviation = (0.5 * (share * table["log_beta"] + (1 - share) * table["posterior_log_variance"])).exp()
+    made = torch.distributions.Normal(mean, deviation)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(true, (0.5 * table["posterior_log_variance"]).exp()), made
+    )
+    bin = made.cdf(x0 + 1 / 255) - made.cdf(x0 - 1 / 255)
+    expected = torch.where(t == 0, -bin.log().mean(dim=1), kl.mean(dim=1)) / math.log(2)
+    torch.testing.assert_close(bits[1:], expected[1:].float(), rtol=1e-3, atol=1e-5)
+    assert bits[0].item() == pytest.approx(expected[0].item(), rel=0.02)  # the tanh approximation of the normal
+
+
+@pytest.mark.parametrize("clip", [None, 0.4])
+def test_ancestral_substeps_are_their_formula(clip):
+    """mean of q(x_{t-1} | x_t, x_0) + temperature · deviation · N, with x_0 kept within the bound; no noise at the end."""
+    process = GaussianDiffusion.named("cosine").respaced("4", clip)
+    rng = torch.Generator().manual_seed(0)
+    x, normals = torch.randn(3, 2, generator=rng), torch.randn(4, 3, 2, generator=rng)
+    found = ancestral(lambda x, t: (0.3 * x, -torch.ones_like(x)), process, x, lambda k: normals[k], 0.7)
+    expected, table = x.double(), process.tables
+    for k in (3, 2, 1, 0):
+        start = (expected - table["noise"][k] * 0.3 * expected) / table["signal"][k]
+        start = start if clip is None else start.clamp(-clip, clip)
+        expected = table["posterior_x0"][k] * start + table["posterior_x"][k] * expected
+        if k:
+            expected = expected + 0.7 * table["posterior_variance"][k].sqrt() * normals[k]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())

@@ -19,6 +19,7 @@ from vgen.samplers.flow import (
     sde,
     sde_times,
     shifted_times,
+    spread_draws,
     weighted_sum,
 )
 from vgen.samplers.guidance import ClassifierFree
@@ -255,3 +256,9 @@ def test_projected_guidance_is_its_formula():
         update = (cond - null) * min(1.0, 2.5 / (cond - null).norm().item())
         along = (update @ cond) / (cond @ cond) * cond
         torch.testing.assert_close(row, cond + 3 * (update - along + 0.25 * along), rtol=1e-5, atol=1e-5)
+
+
+def test_spread_draws_keep_their_place_in_their_part():
+    assert spread_draws(torch.tensor([0.0, 0.25, 0.9, 0.5])).tolist() == pytest.approx(
+        [0.0, 1.25 / 4, 2.9 / 4, 3.5 / 4]
+    )

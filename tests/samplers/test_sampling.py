@@ -231,3 +231,27 @@ def test_tokens_are_drawn_with_the_noise_of_their_step_and_position():
         drawn.append(Logits(logits).draw(now, ClassifierFree(1.0), TokenChoice(), noise).values)
         assert torch.equal(drawn[-1], (logits[0] + noise.gumbel(TOKENS, now, (3, 2, 64))).argmax(dim=-1))
     assert len({tuple(tokens.flatten().tolist()) for tokens in drawn}) == 4, "every step has numbers of its own"
+
+
+def test_every_guidance_schedule_is_its_formula():
+    """Call 2 of 4 that takes 16 positions from 4 to 12 known ones, scale 4, power 2."""
+    half = lambda share: (1 - math.cos(math.pi * share)) / 2  # noqa: E731
+    expected = {
+        "constant": 1.0,
+        "linear": 0.75,
+        "linear-clamped": 0.75,
+        "linear-before": 0.25,
+        "cosine": half(0.75),
+        "power-cosine": half(0.25**2),
+        "step-linear-before": 0.25,
+        "step-power-cosine": half(0.25**2),
+        "step-linear": 0.5,
+        "step-linear-ends": 1 / 3,
+        "step-cosine": half(0.5**2),
+        "step-flipped-cosine": 0.5 * math.cos(math.pi * 0.5**2),
+    }
+    assert expected.keys() == SCHEDULES.keys()
+    now = step([0], index=1, total=4, unknown=(12, 4))
+    for name, share in expected.items():
+        scale = 1 + 3 * share
+        assert ClassifierFree(4.0, name, 2.0).weights(now) == pytest.approx((scale, 1 - scale)), name

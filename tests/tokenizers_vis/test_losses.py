@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vgen.errors import VgenError
-from vgen.tokenizers_vis.losses import DISCRIMINATOR_LOSSES, LeCam, VQLoss, WeightedKL
+from vgen.tokenizers_vis.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, LeCam, VQLoss, WeightedKL
 from vgen.tokenizers_vis.patchgan import BlurDiscriminator, BlurPool, PatchDiscriminator
 from vgen.tokenizers_vis.perceptual import LPIPS, ConvNeXtDistance, PyramidLoss, WeightedMean
 from vgen.tokenizers_vis.posterior import DiagonalGaussian
@@ -210,3 +210,32 @@ def test_lecam_counts_by_its_weight_in_the_discriminators_objective():
     lecam = (judge(pixels).mean() + 3).clamp_min(0) ** 2 + (2 - judge(made).mean()).clamp_min(0) ** 2
     assert terms["lecam"].item() == pytest.approx(0.3 * lecam.item(), rel=1e-4)
     assert terms["loss"].item() == pytest.approx(alone["loss"].item() + 0.3 * lecam.item(), rel=1e-4)
+
+
+def test_adversarial_losses_are_their_formulas():
+    real, fake = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([-0.25, 0.75, -3.0])
+    softplus = lambda values: sum(math.log1p(math.exp(v)) for v in values) / len(values)  # noqa: E731
+    found = {name: loss(real, fake).item() for name, loss in DISCRIMINATOR_LOSSES.items()}
+    # Binary cross-entropy with the constants as logits l and the outputs as targets t: softplus(l) - l t.
+    swapped = (softplus([1.0]) - real.mean().item() + softplus([0.0])) / 2
+    assert found == {
+        "hinge": pytest.approx(((0.5 + 0 + 2) / 3 + (0.75 + 1.75 + 0) / 3) / 2),
+        "vanilla": pytest.approx((softplus([-0.5, -2.0, 1.0]) + softplus([-0.25, 0.75, -3.0])) / 2),
+        "non-saturating": pytest.approx(swapped),
+    }
+    assert {name: loss(fake).item() for name, loss in GENERATOR_LOSSES.items()} == {
+        "hinge": pytest.approx(2.5 / 3),
+        "non-saturating": pytest.approx(softplus([1.0]) + 2.5 / 3),
+    }
+
+
+def test_every_weight_multiplies_its_term():
+    torch.manual_seed(0)
+    pixels, made = torch.rand(2, 2, 3, 32, 32)
+    judge, distance = PatchDiscriminator(width=4, layers=1).eval(), PyramidLoss(levels=2)
+    weights = {"reconstruction_weight": 3.0, "perceptual_weight": 0.7, "disc_weight": 0.2}
+    loss = VQLoss(judge, distance, disc_start=0, reconstruction_loss="l1", **weights)
+    latent = Quantized(ZERO, ZERO, torch.tensor(0.5), torch.tensor(0.25), torch.tensor(0.125))
+    terms = loss.generator(pixels, made, latent, 1)
+    expected = 3 * (pixels - made).abs().mean() + 0.7 * distance(pixels, made).mean() - 0.2 * judge(made).mean()
+    assert terms["loss"].item() == pytest.approx(expected.item() + 0.875, rel=1e-5)

@@ -241,3 +241,12 @@ def test_calibration_gives_tokens_a_standard_deviation_of_one(pixels, tmp_path):
     assert tokens.std().item() == pytest.approx(1, rel=1e-4) and tokens.mean().item() == pytest.approx(0, abs=1e-4)
     model.save_pretrained(tmp_path)
     assert MingTok.from_pretrained(tmp_path).config.latent_scale == pytest.approx(deviation)
+
+
+def test_normalised_patches_have_unbiased_variance_one():
+    """(target - mean) / sqrt(var + 1e-6), var with n - 1 as in the released MAE: arXiv 2111.06377, section 3."""
+    prediction, target = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    centred = target - target.mean(dim=-1, keepdim=True)
+    normal = centred / (centred.square().sum(dim=-1, keepdim=True) / 3 + 1e-6).sqrt()
+    found = patch_loss(prediction, target, "L2-normalised")
+    torch.testing.assert_close(found, (prediction - normal).square().mean())

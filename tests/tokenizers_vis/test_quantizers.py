@@ -130,3 +130,16 @@ def test_sure_weights_look_up_their_code(normalise: bool):
     mixed = quantizer.soft_lookup(torch.full((8,), 1 / 8))
     mean = quantizer.embedding.weight.mean(dim=0)
     torch.testing.assert_close(mixed, F.normalize(mean, dim=0) if normalise else mean)
+
+
+def test_the_entropy_loss_is_its_formula():
+    """E[H(p)] - H(E[p]) of p = softmax(-|row - code|^2 / 0.01): MAGVIT-v2, arXiv 2310.05737, equation 4."""
+    quantizer = VectorQuantizer(6, 3, entropy_ratio=0.1, window=16).train()
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    z = torch.randn(2, 3, 4, 4)
+    rows = F.normalize(z.movedim(1, -1).reshape(-1, 3), dim=-1).double()
+    distance = (rows[:, None] - quantizer.codebook().double()).square().sum(dim=-1)
+    p = (-distance / 0.01).softmax(dim=-1)
+    of_rows = -torch.special.xlogy(p, p).sum(dim=-1).mean()
+    of_mean = -torch.special.xlogy(p.mean(dim=0), p.mean(dim=0)).sum()
+    assert quantizer(z).entropy.item() == pytest.approx(0.1 * (of_rows - of_mean).item(), rel=1e-3)
