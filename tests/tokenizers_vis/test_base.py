@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vgen.errors import VgenError
-from vgen.tokenizers_vis.base import TokenSpec, check_tokens, square_grid, to_uint8
+from vgen.tokenizers_vis.base import TokenSpec, check_tokens, decode_each, encode_each, square_grid, to_uint8
 
 sizes = st.integers(1, 12)
 
@@ -49,3 +49,25 @@ def test_tokens_out_of_range():
 
 def test_uint8_truncates():
     assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.0078, 1.0, 3.0])).tolist() == [0, 0, 128, 128, 255, 255]
+
+
+def test_a_cpu_codes_one_picture_at_a_time_in_its_plainest_layout():
+    class Spy:
+        device = torch.device("cpu")
+
+        def __init__(self):
+            self.seen = []
+
+        def encode(self, pixels):
+            self.seen.append((len(pixels), pixels.is_contiguous()))
+            return pixels
+
+        def decode(self, tokens, grid, condition, *, noise):
+            self.seen.append((tokens.is_contiguous(), condition.tolist(), noise.seed, noise.samples.tolist()))
+            return tokens
+
+    spy, strided = Spy(), torch.rand(2, 3, 4).transpose(1, 2)
+    assert torch.equal(encode_each(spy, strided), strided) and spy.seen == [(1, True)] * 2
+    spy = Spy()
+    made = decode_each(spy, strided, samples=torch.tensor([7, 9]), seed=5, condition=torch.tensor([0, 1]))
+    assert torch.equal(made, strided) and spy.seen == [(True, [0], 5, [7]), (True, [1], 5, [9])]
