@@ -104,3 +104,15 @@ def test_samples_that_are_not_used_are_counted_by_reason(tmp_path):
         VgenError, match=r"holds no pictures: expected members like KEY.png .*1 skipped: no picture, such as 1"
     ):
         open_data(tmp_path)
+
+
+def test_hard_links_are_the_files_they_name(tmp_path):
+    """What GNU tar writes of two names of one file."""
+    put(tmp_path / "in", {"0.png": png((0, 0, 255)), "0.txt": "zero"})
+    (tmp_path / "in/1.png").hardlink_to(tmp_path / "in/0.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("0.png", "0.txt", "1.png"):
+            archive.add(tmp_path / "in" / name, name)
+        assert archive.getmember("1.png").islnk()
+    data = open_images(tmp_path / "a.tar", size=8)
+    assert data.keys == ["0", "1"] and data[1]["image"][2].min() == 1 and data.own_item(1)["key"] == "1"

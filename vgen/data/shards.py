@@ -67,17 +67,24 @@ def read_index(shard: Path) -> list[ShardSample]:
     """
     samples: dict[str, dict[str, Span]] = {}
     repeated: Counter[str] = Counter()
+    spans: dict[str, Span] = {}  # by the name of the member, for hard links
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 folder, _, base = member.name.rpartition("/")
                 stem, dot, extension = base.partition(".")
-                if not (member.isfile() and stem and dot) or JUNK & set(folder.split("/")):
+                if member.isfile() and not member.issparse():
+                    spans[member.name] = Span(shard, member.offset_data, member.size)
+                elif member.islnk() and member.linkname in spans:  # GNU tar writes a file's second name so
+                    spans[member.name] = spans[member.linkname]
+                else:
+                    continue
+                if not (stem and dot) or JUNK & set(folder.split("/")):
                     continue
                 key = whole_text(f"{folder}/{stem}" if folder else stem)
                 members = samples.setdefault(key, {})
                 repeated[key] += extension.lower() in members
-                members[extension.lower()] = Span(shard, member.offset_data, member.size)
+                members[extension.lower()] = spans[member.name]
     except (tarfile.TarError, EOFError, OSError) as error:
         raise VgenError(f"{shard} is not an intact tar shard ({error}): build or download it again") from error
     end = max((span.offset + span.size for members in samples.values() for span in members.values()), default=0)
