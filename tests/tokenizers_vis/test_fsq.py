@@ -50,3 +50,19 @@ def test_low_precision_inputs_are_quantised_in_fp32():
 def test_bad_levels(levels):
     with pytest.raises(VgenError, match="at least 2 levels"):
         FiniteScalarQuantizer(levels)
+
+
+def test_the_first_channel_counts_in_ones_and_zero_is_the_middle_level():
+    """FSQ, arXiv 2309.15505: little-endian digits; z = 0 is the level L // 2 of every channel, odd or even."""
+    quantizer = FiniteScalarQuantizer((8, 5, 3))
+    assert quantizer.indices(torch.tensor([[-1.0, -1.0, -1.0], [-0.75, -1.0, -1.0], [-1.0, -0.5, -1.0]])).tolist() == [
+        0,
+        1,
+        8,
+    ]
+    assert quantizer.codes(torch.tensor([40, 119])).tolist() == [[-1.0, -1.0, 0.0], [0.75, 1.0, 1.0]]
+    codes, indices = quantizer.quantize(torch.zeros(1, 3))
+    assert codes.tolist() == [[0.0, 0.0, 0.0]] and indices.tolist() == [4 + 2 * 8 + 1 * 40]
+    assert quantizer.bound(torch.zeros(1, 3)).abs().max() < 1e-6
+    large = quantizer.quantize(torch.tensor([[9.0, 9.0, 9.0], [-9.0, -9.0, -9.0]]))[0]
+    assert large.tolist() == [[0.75, 1.0, 1.0], [-1.0, -1.0, -1.0]]
