@@ -39,3 +39,9 @@ def test_visual_positions_are_offset_and_scaled():
     assert positions.shape == (2, 8, 3)
     assert positions[0, 7].tolist() == [3 + 4, 3 + 8, 3 + 8]
     assert positions[1, 0].tolist() == [10, 10, 10]
+
+
+def test_visual_positions_are_frame_row_and_column_behind_the_prefix():
+    """o + (4 frame, 8 row, 8 column), Lumos-1; the axes in that order."""
+    found = visual_positions(torch.tensor([[0, 0, 0], [1, 2, 3]]), torch.tensor([5, 7]))
+    assert found.tolist() == [[[5, 5, 5], [9, 21, 29]], [[7, 7, 7], [11, 23, 31]]]
