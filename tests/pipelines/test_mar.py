@@ -6,6 +6,7 @@ from PIL import Image
 
 from vgen.errors import VgenError
 from vgen.models.mar import MAR
+from vgen.pipelines.inpainting import Painting
 from vgen.pipelines.visual import VisualPipeline
 from vgen.tokenizers_vis.kl import KLModel
 
@@ -56,6 +57,13 @@ def test_areas_may_be_made_anew():
     assert made.stats.calls == 3 and torch.equal(kept, pipe(
         class_labels=1, init_image=Image.new("RGB", (8, 8), "red"), mask=mask, order="raster", seed=5
     ).tokens.view(4, 4, 3)[:, 2:])  # fmt: skip
+
+
+def test_latents_of_a_half_precision_tokenizer_enter_the_canvas():
+    pipe, kept = pipeline(substeps="ddim2"), torch.ones(4, 4, dtype=torch.bool)
+    known = Painting(torch.full((16, 3), 0.5, dtype=torch.bfloat16), kept.flatten(), torch.zeros(3, 8, 8), kept)
+    canvas = pipe._canvas(torch.arange(2), known)
+    assert canvas.values.dtype == torch.float32 and (canvas.values == 0.5).all() and canvas.known.all()
 
 
 def test_settings_of_other_kinds_are_refused():
