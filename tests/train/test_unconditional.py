@@ -159,7 +159,7 @@ def test_pictures_without_a_class_train_the_null_class(token_sets, tokenizer, co
     system = Trainer(config).system
     assert system.full_condition(["", ""], torch.tensor([-1, 2])).ids.tolist() == [[4], [2]]
     _, pipe = trained(config)
-    with pytest.raises(VgenError, match="0 to 3, got -1"):
+    with pytest.raises(VgenError, match="at least 0, got -1"):
         pipe(class_labels=-1)
 
 
