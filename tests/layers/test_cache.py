@@ -30,3 +30,13 @@ def test_truncate_and_take_rows():
     assert taken.values[0, :, 0, 0, 0].tolist() == [2, 2, 1]
     taken.write(0, slice(0, 1), torch.zeros(3, 1, 1, 2), torch.zeros(3, 1, 1, 2))
     assert cache.values[0, 1, 0, 0, 0] == 2  # a copy
+
+
+def test_truncation_forgets_keys_and_values_behind_the_length():
+    cache = KVCache(2, 1, 1, 5, 3)
+    for layer in range(2):
+        cache.write(layer, slice(0, 5), torch.ones(1, 1, 5, 3), torch.full((1, 1, 5, 3), 2.0))
+    cache.truncate(2)
+    for layer in range(2):
+        keys, values = cache.read(layer, 5)
+        assert keys[0, 0, :, 0].tolist() == [1, 1, 0, 0, 0] and values[0, 0, :, 0].tolist() == [2, 2, 0, 0, 0]

@@ -45,3 +45,13 @@ def test_visual_positions_are_frame_row_and_column_behind_the_prefix():
     """o + (4 frame, 8 row, 8 column), Lumos-1; the axes in that order."""
     found = visual_positions(torch.tensor([[0, 0, 0], [1, 2, 3]]), torch.tensor([5, 7]))
     assert found.tolist() == [[[5, 5, 5], [9, 21, 29]], [[7, 7, 7], [11, 23, 31]]]
+
+
+def test_rotation_turns_the_first_half_towards_the_second():
+    """RoFormer, arXiv 2104.09864, equation 13, on the pairs (i, i + D/2): (1, 0) becomes (cos, sin)."""
+    cos, sin = rope_tables(torch.tensor([[3, 1, 2]]), 32)
+    x = torch.cat((torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 1, 16)), dim=-1)
+    turned = rotate(x, (cos, sin))[0, 0, 0]
+    torch.testing.assert_close(turned, torch.cat((cos[0, :16], sin[0, :16])))
+    angle = 3.0 if frequency_axes(32)[0] == 0 else float("nan")  # the first pair turns with time, by one radian a step
+    assert turned[16].item() == pytest.approx(torch.tensor(angle).sin().item(), abs=1e-6)

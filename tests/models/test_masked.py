@@ -324,3 +324,14 @@ def test_bad_input_is_one_sentence():
         model.start([build("vit").vocabulary.labels([1])], Canvas.blank(model.grid, 1))
     with pytest.raises(VgenError, match=r"set `model\.vocabulary`"):
         model.null(captions(1))
+
+
+def test_smoothed_labels_give_every_code_its_share():
+    """Target (1 - e) on the code plus e / V on all: cross-entropy of both, over masked tokens (1) and others (unmasked_weight)."""
+    logits, tokens = torch.randn(2, 4, 7), torch.randint(7, (2, 4))
+    masked = torch.tensor([[True, False, True, False], [True, True, False, False]])
+    found = masked_token_loss(logits, tokens, masked, 0.1, 0.2)["loss"]
+    log_p = logits.log_softmax(dim=-1)
+    each = -0.8 * log_p.gather(-1, tokens[..., None])[..., 0] - 0.2 * log_p.mean(dim=-1)
+    weight = torch.where(masked, 1.0, 0.1)
+    torch.testing.assert_close(found, (each * weight).sum() / weight.sum())
