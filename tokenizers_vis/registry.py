@@ -79,8 +79,8 @@ def saved_config(folder: str | Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
 
 
-def saved_class(folder: str | Path) -> Any:
-    """The class of the tokenizer saved in `folder` (see `find_tokenizer`); no weights are read."""
+def saved_family(folder: str | Path) -> str:
+    """The family of the tokenizer saved in `folder` (see `find_tokenizer`). VgenError: none of TOKENIZERS."""
     folder = find_tokenizer(folder)
     kind = read_json(folder / "config.json").get("_class_name")
     families = {name: family for family, (_, name) in TOKENIZERS.items()}
@@ -88,7 +88,12 @@ def saved_class(folder: str | Path) -> Any:
         raise VgenError(
             f"{folder} holds a {kind}, expected a tokenizer ({', '.join(families)}); name the folder of a tokenizer"
         )
-    return tokenizer_class(families[kind])
+    return families[kind]
+
+
+def saved_class(folder: str | Path) -> Any:
+    """The class of the tokenizer saved in `folder` (see `find_tokenizer`); no weights are read."""
+    return tokenizer_class(saved_family(folder))
 
 
 def open_tokenizer(folder: str | Path) -> ModelMixin:

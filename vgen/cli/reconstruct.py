@@ -20,7 +20,7 @@ from vgen.cli.arguments import (
     whole,
     writable_file,
 )
-from vgen.errors import VgenError
+from vgen.errors import VgenError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """What can be refused before torch is imported."""
+    _check_model(args.model)
     existing_data("--input", args.input)
     existing("--checkpoint-dir", args.checkpoint_dir, "folder")
     if (args.lpips_vgg is None) != (args.lpips_heads is None):
@@ -157,21 +158,30 @@ def run(args: argparse.Namespace) -> None:
 
 def load_tokenizer(model: str, checkpoint_dir: Path | None = None):
     """A shipped or published tokenizer by name, or a folder. Raises VgenError when there is none of these."""
+    from vgen.tokenizers_vis.registry import SHIPPED, open_tokenizer
+
+    _check_model(model)
+    if Path(model).is_dir() or model in SHIPPED:
+        return open_tokenizer(model)
     from vgen.convert.load import load_published_tokenizer
-    from vgen.convert.published import names
-    from vgen.errors import VgenError, nearest
-    from vgen.tokenizers_vis.registry import SHIPPED, open_tokenizer, shipped_tokenizer
+
+    return load_published_tokenizer(model, checkpoint_dir)
+
+
+def _check_model(model: str) -> None:
+    """VgenError unless `model` names a tokenizer or a folder with one. Imports no torch."""
+    from vgen.convert.published import names, published
+    from vgen.tokenizers_vis.registry import SHIPPED, saved_family
 
     if Path(model).is_dir():
-        return open_tokenizer(model)
-    if model in SHIPPED:
-        return shipped_tokenizer(model)
-    published = names(kind="tokenizer")
-    if model in published:
-        return load_published_tokenizer(model, checkpoint_dir)
+        saved_family(model)
+        return
+    if model in SHIPPED or (model in names() and published(model).kind == "tokenizer"):
+        return
+    tokenizers = names(kind="tokenizer")
     raise VgenError(
-        f"there is no tokenizer {model!r}{nearest(model, [*SHIPPED, *published])}; --model takes a shipped one ({', '.join(SHIPPED)}), "
-        f"a published one ({', '.join(published)}) or a folder"
+        f"there is no tokenizer {model!r}{nearest(model, [*SHIPPED, *tokenizers])}; --model takes a shipped one ({', '.join(SHIPPED)}), "
+        f"a published one ({', '.join(tokenizers)}) or a folder"
     )
 
 

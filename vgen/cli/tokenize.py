@@ -80,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """What can be refused before torch is imported."""
+    from vgen.tokenizers_vis.registry import saved_family
+
+    saved_family(args.model)
     existing_data("--data", args.data)
     writable_folder("--out", args.out)
 
