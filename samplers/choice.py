@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vgen.errors import VgenError, nearest
-from vgen.samplers.diffusion import spaced_timesteps
+from vgen.samplers.diffusion import TRAIN_STEPS, spaced_timesteps
 from vgen.samplers.types import Step
 from vgen.values import real, string, whole
 
@@ -151,7 +151,7 @@ class DiffusionChoice:
             raise VgenError("this model denoises by diffusion; a time shift is for flows, leave it out")
         substeps = settings.substeps
         if substeps is not None and not isinstance(substeps, str):
-            substeps = str(whole(substeps, "the number of substeps", 1))
+            substeps = str(whole(substeps, "the number of substeps", 1, TRAIN_STEPS))
         if substeps is not None:
             spaced_timesteps(substeps)  # says what is wrong with it before anything is made
         given = {"substeps": substeps, "solver": settings.solver, "clip": settings.clip}

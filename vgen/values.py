@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 from vgen.errors import VgenError
@@ -33,14 +32,13 @@ def whole(value: Any, name: str, least: int = 0, most: int | None = None) -> int
 
 def real(value: Any, name: str, least: float = -math.inf) -> float:
     """`value` as a finite float of at least `least`: a number of Python, numpy or torch (of one element)."""
-    number = math.nan
-    if not isinstance(value, (str, bytes, bytearray)) and not _is_truth(value):
-        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
-            number = float(value)
+    try:
+        number = math.nan if isinstance(value, (str, bytes, bytearray)) or _is_truth(value) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan
     if not math.isfinite(number) or number < least:
-        raise VgenError(
-            f"{name} must be a finite number{'' if least == -math.inf else f' of at least {least:g}'}, got {shown(value)}"
-        )
+        wanted = f"a finite number{'' if least == -math.inf else f' of at least {least:g}'}"
+        raise VgenError(f"{name} must be {wanted}, got {shown(value)}")
     return number
 
 

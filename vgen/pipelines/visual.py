@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -51,14 +53,14 @@ class Stats:
     tokens: int = 0
     seconds: float = 0.0
 
-    def add(self, counters: Counters, images: int, tokens: int) -> None:
+    def add(self, batch: Batch) -> None:
         """One finished batch."""
-        self.images += images
+        self.images += len(batch.images)
         self.batches += 1
-        self.calls += counters.calls
-        self.call_rows += counters.call_rows
-        self.fed_tokens += counters.fed_tokens
-        self.tokens += tokens
+        self.calls += batch.counters.calls
+        self.call_rows += batch.counters.call_rows
+        self.fed_tokens += batch.counters.fed_tokens
+        self.tokens += batch.tokens.shape[0] * batch.tokens.shape[1]
 
     def report(self) -> dict[str, Any]:
         """Everything, with the rates people ask for."""
@@ -200,7 +202,7 @@ class Sampler(ConfigMixin):
         start = time.perf_counter()
         stats, tokens, images = Stats(), [], []
         for batch in self.stream(prompt, class_labels, **settings):
-            stats.add(batch.counters, len(batch.images), batch.tokens.shape[0] * batch.tokens.shape[1])
+            stats.add(batch)
             tokens.append(batch.tokens)
             images += batch.images
         stats.seconds = time.perf_counter() - start
@@ -309,6 +311,25 @@ class Sampler(ConfigMixin):
         if painting is not None and paste_back:
             images = painting.paste(images)
         return Batch(samples.tolist(), images, canvas.values, condition, state.counters)
+
+    def fingerprint(self) -> str:
+        """Says which weights these are, in 16 hex digits: a digest of a few values of every tensor of tokenizer and generator.
+
+        Another training changes nearly every value. The same weights in another precision count as others.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for part in (self.tokenizer, self.model):
+            for name, tensor in sorted(part.state_dict().items()):
+                values = tensor.reshape(-1)
+                few = values[:: max(1, len(values) // 64)].to("cpu", torch.float64)
+                digest.update(f"{name} {tuple(tensor.shape)} ".encode() + few.numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The defaults of a call, as saved in `model_index.json`."""
+        names = [*inspect.signature(VisualPipeline.__init__).parameters][3:]  # behind self, tokenizer and model
+        return {name: self.config.get(name) for name in names}
 
     def check_settings(self) -> None:
         """Raises VgenError for default settings that no call can use: substeps, orders, guidance of another kind of model."""
