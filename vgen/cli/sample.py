@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgen.cli.arguments import device, margins, number, usable_device, whole
+from vgen.cli.arguments import device, existing, margins, number, usable_device, whole, writable_file
+from vgen.cli.sample_files import OneFile, SampleFolder, caption, destination
 from vgen.errors import VgenError, nearest
 from vgen.saved import read_json
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from vgen.pipelines.visual import Sampler
+    from vgen.samplers.types import Order
 
 PROMPTS = (
     "grinning face",
@@ -45,7 +49,10 @@ EPILOG = """examples:
   vgen sample --prompt sunflower --init-image sunflower.png --outpaint 25%,50%,25%,0
   vgen sample --list-words                            the words a prompt may use
 
-Picture i of a run depends on --seed and i only, never on the batch size.
+  vgen sample --num-images 100 --out outputs/many     a folder, and samples.jsonl with the settings of every picture
+
+Picture i of a run depends on --seed and i only, never on the batch size. A folder is written picture by picture: after Ctrl-C, a
+kill or a full disk the same command makes what is missing, and --first 1600 continues behind picture 1599.
 """
 
 
@@ -161,10 +168,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("results")
     out.add_argument(
         "--out",
-        type=Path,
-        default=Path("outputs/samples.png"),
+        default="outputs/samples.png",
         metavar="PATH",
-        help="a .png or .webp file (one picture, or a labelled grid), else a folder of numbered PNGs",
+        help="a .png, .jpg, .webp or .avif file (one picture, or a labelled grid of up to 256), else a folder (FOLDER or FOLDER/) of "
+        "numbered PNGs and samples.jsonl, their settings; the same command continues it",
+    )
+    out.add_argument(
+        "--first",
+        type=whole(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="number of the first picture (default 0): a run that goes on behind another one",
+    )
+    out.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove the pictures that samples.jsonl of the folder names (and nothing else) and make all anew",
     )
     out.add_argument("--trace", type=Path, metavar="FILE.gif", help="animation of the pictures appearing step by step")
     out.add_argument(
@@ -172,42 +191,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Looks at everything that can be refused without the model: prompts, options, files and places for results."""
+    if args.list_words:
+        return
+    _order_options(args.order_option)
+    for option in ("init_image", "mask", "prompt_file"):
+        existing(f"--{option.replace('_', '-')}", getattr(args, option), "file")
+    writable_file("--trace", args.trace, (".gif", ".webp"))
+    inputs = {path.resolve() for path in (args.init_image, args.mask, args.prompt_file, args.trace) if path}
+    if Path(args.out).resolve() in inputs:
+        raise VgenError(f"--out {args.out} is one of the other files of this command; give another name")
+    _destination(args)
+
+
 def run(args: argparse.Namespace) -> None:
-    """Loads, decodes, writes."""
-    options = _order_options(args.order_option)
-    prompts = _prompts(args)
-    if args.trace and args.trace.suffix.lower() not in (".gif", ".webp"):
-        raise VgenError(f"--trace writes a .gif or .webp animation, got {args.trace}")
+    """Loads, decodes, writes every picture when it is finished."""
     pipe = load_pipeline(args.model, args.device, args.dtype, args.checkpoint_dir)
     if args.list_words:
         if not hasattr(pipe.model.vocabulary, "words"):
             raise VgenError(f"{args.model} has no list of words; it takes class labels or free text")
         print(" ".join(pipe.model.vocabulary.words))
         return
-    if args.compile:
-        pipe.model.compile_repeated_blocks(dynamic=True)
 
+    import torch
     from tqdm import tqdm
 
+    from vgen.pipelines.visual import Stats
     from vgen.viz.trace import Trace, save_animation
 
-    trace = Trace() if args.trace else None
-    count = args.num_images * len(prompts or args.class_label)
-    order = pipe.make_order(args.order, args.steps, args.seed, options, args.low_steps)
-    bar = tqdm(
-        total=math.ceil(count / max(args.batch_size, 1)) * order.calls,
-        unit="call",
-        desc="decoding",
-        delay=1,
-        leave=False,
-    )
-
-    def after_step(step, canvas):
-        bar.update()
-        if trace:
-            trace(step, canvas)
-
-    settings = {
+    prompts, target = _prompts(args), _destination(args)
+    order = pipe.make_order(args.order, args.steps, args.seed, _order_options(args.order_option), args.low_steps)
+    given = {
         "guidance_scale": args.guidance_scale,
         "guidance_schedule": args.guidance_schedule,
         "temperature": args.temperature,
@@ -216,48 +231,103 @@ def run(args: argparse.Namespace) -> None:
         "substeps": int(args.substeps) if args.substeps and args.substeps.isdecimal() else args.substeps,
         "low_guidance_scale": args.low_guidance_scale,
         "low_substeps": args.low_substeps,
-        "seed": args.seed,
     }
-    with bar:
-        result = pipe(
-            prompts,
-            args.class_label,
-            num_images=args.num_images,
-            batch_size=args.batch_size,
-            order=order,
-            init_image=args.init_image,
-            mask=args.mask,
-            outpaint=args.outpaint,
-            paste_back=args.paste_back,
-            callback=after_step,
-            **settings,
-        )
-    labels = [text for text in (prompts or [f"class {k}" for k in args.class_label]) for _ in range(args.num_images)]
-    _save(result.images, labels, args.out)
-    report = result.stats.report()
-    print(
-        f"{len(result.images)} picture{'s' * (len(result.images) > 1)} in {report['seconds']:.1f} s ({report['images_per_second']:.1f}/s), order {order.name}, "
-        f"{report['calls_per_batch']:.0f} forward passes: {args.out}"
+    settings = _settings(args, pipe, order, given)
+    if args.compile:
+        pipe.model.compile_repeated_blocks(dynamic=True)
+
+    _, height, width = pipe.tokenizer.spec.pixels(pipe.grids[-1])
+    trace, stats, start = Trace() if args.trace else None, Stats(), time.perf_counter()
+    def after_step(step, canvas):
+        bar.update()
+        if trace:
+            trace(step, canvas)
+
+    # Everything is checked by now; a batch is put together when it is asked for, so that it can skip what the folder holds.
+    batches = pipe.stream(
+        prompts,
+        args.class_label,
+        num_images=args.num_images,
+        first=args.first,
+        skip=target.kept,
+        batch_size=args.batch_size,
+        order=order,
+        seed=args.seed,
+        init_image=args.init_image,
+        mask=args.mask,
+        outpaint=args.outpaint,
+        paste_back=args.paste_back,
+        callback=after_step,
+        **given,
     )
-    if trace:
-        save_animation(trace.frames(pipe.decode_tokens, labels[: trace.limit]), args.trace)
+    shown = None
+    with (
+        target.open(settings, (width, height)),
+        tqdm(total=_calls(target, args.batch_size, order), unit="call", desc="decoding", delay=1, leave=False) as bar,
+    ):
+        try:
+            for batch in batches:
+                indices = [number - args.first for number in batch.numbers]
+                target.add(indices, batch.images)
+                stats.add(batch)
+                shown = shown or (batch.condition, [caption(target.subjects[index]) for index in indices])
+        except KeyboardInterrupt:
+            bar.close()
+            print(target.progress(), file=sys.stderr)
+            raise
+    stats.seconds = time.perf_counter() - start
+    report = stats.report()
+    if target.kept:
+        print(f"{len(target.kept)} pictures of these settings were there already")
+    print(
+        f"{stats.images} picture{'s' * (stats.images != 1)} in {report['seconds']:.1f} s ({report['images_per_second']:.1f}/s), "
+        f"order {order.name}, {report['calls_per_batch']:.0f} forward passes: {args.out}"
+    )
+    if trace and shown:
+        condition, labels = shown
+        shown_only = condition.take(torch.arange(min(trace.limit, len(labels))))
+        frames = trace.frames(partial(pipe.decode_tokens, condition=shown_only), labels[: trace.limit])
+        save_animation(frames, args.trace)
         print(f"step by step: {args.trace}")
+    elif trace:
+        print("nothing was decoded, so there is no animation; give another folder or --overwrite", file=sys.stderr)
     if args.json:
-        chosen = {key: pipe.config.get(key) if value is None else value for key, value in settings.items()}
         print(
             json.dumps(
-                {
-                    "model": args.model,
-                    "order": order.name,
-                    **chosen,
-                    "batch_size": args.batch_size,
-                    "dtype": args.dtype,
-                    "device": str(pipe.device),
-                    "out": str(args.out),
-                    **report,
-                }
+                {**settings, "batch_size": args.batch_size, "out": str(args.out), "kept": len(target.kept), **report}
             )
         )
+
+
+def _calls(target: OneFile | SampleFolder, batch_size: int, order: Order) -> int:
+    return math.ceil((len(target.subjects) - len(target.kept)) / batch_size) * order.calls
+
+
+def _settings(args: argparse.Namespace, pipe: Sampler, order: Order, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that decides about the pictures, for `samples.jsonl`; batch size and device do not."""
+    from vgen.files import sha256
+
+    chosen = {**pipe.settings, **{key: value for key, value in given.items() if value is not None}}
+    chosen |= {"order": order.name, "order_options": _order_options(args.order_option), "steps": order.calls}
+    if args.low_steps is not None:
+        chosen["low_steps"] = args.low_steps
+    files = {name: getattr(args, name) for name in ("init_image", "mask") if getattr(args, name)}
+    return {
+        "model": args.model,
+        "weights": pipe.fingerprint(),
+        "seed": args.seed,
+        **chosen,
+        **{name: {"name": path.name, "sha256": sha256(path)} for name, path in files.items()},
+        "dtype": args.dtype,
+        "device": str(pipe.device),
+    }
+
+
+def _destination(args: argparse.Namespace) -> OneFile | SampleFolder:
+    prompts = _prompts(args)
+    subjects = [{"class": label} for label in args.class_label] if prompts is None else [{"prompt": p} for p in prompts]
+    each = [subject for subject in subjects for _ in range(args.num_images)]
+    return destination(args.out, args.first, each, args.overwrite)
 
 
 def load_pipeline(
@@ -345,19 +415,3 @@ def _order_options(pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[key] = value
     return options
-
-
-def _save(images: list[Image.Image], labels: list[str], out: Path) -> None:
-    from vgen.files import atomic_path
-    from vgen.viz.sheets import sheet
-
-    if out.suffix.lower() in (".png", ".webp"):
-        page = images[0] if len(images) == 1 else sheet(images, labels, scale=2)
-        with atomic_path(out) as temporary:
-            page.save(temporary)
-        return
-    if out.is_file():
-        raise VgenError(f"--out {out} is a file without .png or .webp; give a picture file or a folder")
-    for index, image in enumerate(images):
-        with atomic_path(out / f"{index:05d}.png") as temporary:
-            image.save(temporary)

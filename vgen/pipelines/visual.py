@@ -239,7 +239,7 @@ class Sampler(ConfigMixin):
     ) -> Iterator[Batch]:
         """`num_images` pictures for every prompt or class label, batch by batch as they are finished: memory stays flat.
 
-        first: number of the first picture; skip: numbers that are not made (what is there already).
+        first: number of the first picture; skip: numbers that are not made (what is there already), asked when their turn comes.
         order: a name for `make_order` (with `order_options`) or an Order; steps: forward passes where the order leaves
         the count free; substeps: of every continuous token; low_*: of the small picture that some models make first, where
         the others are for the whole one; init_image and mask: white areas of the mask are made anew, tokens under black areas stay;
@@ -328,7 +328,7 @@ class Sampler(ConfigMixin):
     @property
     def settings(self) -> dict[str, Any]:
         """The defaults of a call, as saved in `model_index.json`."""
-        names = [*inspect.signature(VisualPipeline.__init__).parameters][3:]  # behind self, tokenizer and model
+        names = [*inspect.signature(Sampler.__init__).parameters][3:]  # behind self, tokenizer and model
         return {name: self.config.get(name) for name in names}
 
     def check_settings(self) -> None:
