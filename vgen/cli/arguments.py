@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -142,7 +143,12 @@ def writable_folder(option: str, path: Path | None) -> None:
         raise VgenError(
             f"{option}: {there} is in the way, it is {'a file' if there.exists() else 'a broken link'}; give another place"
         )
-    if not os.access(there, os.W_OK | os.X_OK):
+    try:
+        # Asked of the disk itself: permissions alone say nothing about a full one, and root may do everything.
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+    except OSError as error:
         raise VgenError(
-            f"{option}: nothing can be written to the folder {there.resolve()} (read-only, or not this user's); give another place"
-        )
+            f"{option}: nothing can be written to the folder {there.resolve()} ({error.strerror}); give another place"
+        ) from None

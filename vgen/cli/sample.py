@@ -278,11 +278,12 @@ def run(args: argparse.Namespace) -> None:
     stats.seconds = time.perf_counter() - start
     report = stats.report()
     if target.kept:
-        print(f"{len(target.kept)} pictures of these settings were there already")
-    print(
-        f"{stats.images} picture{'s' * (stats.images != 1)} in {report['seconds']:.1f} s ({report['images_per_second']:.1f}/s), "
-        f"order {order.name}, {report['calls_per_batch']:.0f} forward passes: {args.out}"
-    )
+        print(f"{len(target.kept)} of {len(target.subjects)} pictures were there already, with the same settings: {args.out}")
+    if stats.images:
+        print(
+            f"{stats.images} picture{'s' * (stats.images > 1)} in {report['seconds']:.1f} s ({report['images_per_second']:.1f}/s), "
+            f"order {order.name}, {report['calls_per_batch']:.0f} forward passes: {args.out}"
+        )
     if trace and shown:
         condition, labels = shown
         shown_only = condition.take(torch.arange(min(trace.limit, len(labels))))

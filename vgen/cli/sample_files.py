@@ -39,11 +39,13 @@ def destination(out: str, first: int, subjects: Sequence[Subject], overwrite: bo
     from vgen.viz.picture_files import suffixes
 
     known, path = suffixes(), Path(out)
+    if not out:
+        raise VgenError("--out takes the name of a file or folder, got an empty one")
     if out.endswith(("/", os.sep)) or (path.is_dir() and path.suffix.lower() not in known):
         return SampleFolder(path, first, subjects, overwrite)
     if path.suffix.lower() in known:
         return OneFile(path, subjects)
-    if path.suffix or not out:
+    if path.suffix:
         raise VgenError(
             f"--out takes a file with {', '.join(known)}, or a folder, whose name may end in a slash; got {out!r}"
         )
