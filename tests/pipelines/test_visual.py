@@ -36,6 +36,92 @@ def test_pictures_do_not_depend_on_the_batch_size(pipeline):
     assert not torch.equal(one.tokens, pipeline(prompts, seed=4).tokens)
 
 
+def test_a_stream_makes_what_is_asked_for_and_nothing_else(pipeline):
+    prompts = ["red apple", "a cat", "mat"]
+    whole = pipeline(prompts, num_images=2, seed=3)
+    calls = []
+    stream = pipeline.stream(
+        prompts,
+        num_images=2,
+        seed=3,
+        batch_size=2,
+        skip={1, 2},
+        callback=lambda step, canvas: calls.append(canvas.samples),
+    )
+    assert not calls, "nothing is decoded before it is asked for"
+    batches = [next(stream)]
+    assert len(calls) == 5 and batches[0].numbers == [0, 3]
+    batches += stream
+    assert [batch.numbers for batch in batches] == [[0, 3], [4, 5]]
+    for batch in batches:
+        assert torch.equal(batch.tokens, whole.tokens[batch.numbers]) and len(batch.images) == len(batch.numbers)
+    rest = pipeline(prompts[1:], num_images=2, seed=3, first=2)
+    assert torch.equal(rest.tokens, whole.tokens[2:])
+
+
+def test_prompts_of_a_text_encoder_are_read_a_block_at_a_time(pipeline, monkeypatch):
+    from vgen.pipelines import visual
+
+    prompts, read = ["red apple", "a cat", "mat", "red cat", "a mat"], []
+    whole = pipeline(prompts, num_images=2, seed=3)
+    vocabulary, captions = pipeline.model.vocabulary, pipeline.model.vocabulary.captions
+    monkeypatch.setattr(visual, "ENCODED", 2)
+    monkeypatch.setattr(vocabulary, "encoder", object(), raising=False)
+    monkeypatch.setattr(vocabulary, "captions", lambda texts, limit: read.append(list(texts)) or captions(texts, limit))
+    stream = pipeline.stream(prompts, num_images=2, seed=3, batch_size=3)
+    first = next(stream)
+    assert read == [["red apple", "a cat"]]
+    batches = [first, *stream]
+    assert read == [["red apple", "a cat"], ["mat", "red cat"], ["a mat"]]
+    assert torch.equal(torch.cat([batch.tokens for batch in batches]), whole.tokens)
+
+
+@pytest.mark.parametrize(
+    "one, same",
+    [
+        ({"class_labels": 1}, {"class_labels": np.int64(1)}),
+        ({"class_labels": 1}, {"class_labels": torch.tensor(1)}),
+        ({"class_labels": [0, 2]}, {"class_labels": np.array([0, 2])}),
+        ({"class_labels": [0, 2]}, {"class_labels": torch.tensor([0, 2])}),
+        ({"class_labels": [0, 1]}, {"class_labels": range(2)}),
+        ({"prompt": ["a", "cat"]}, {"prompt": ("a", "cat")}),
+        ({"prompt": ["a", "cat"]}, {"prompt": (word for word in ("a", "cat"))}),
+        ({"prompt": ["a", "cat"]}, {"prompt": np.array(["a", "cat"])}),
+        (
+            {
+                "prompt": "a",
+                "seed": 3,
+                "steps": 3,
+                "num_images": 2,
+                "top_k": 5,
+                "guidance_scale": 3.0,
+                "temperature": 0.5,
+            },
+            {
+                "prompt": "a",
+                "seed": np.int64(3),
+                "steps": np.int32(3),
+                "num_images": torch.tensor(2),
+                "top_k": np.uint8(5),
+                "guidance_scale": torch.tensor(3.0),
+                "temperature": np.float32(0.5),
+                "batch_size": np.int16(1),
+            },
+        ),
+    ],
+)
+def test_numbers_and_lists_of_numpy_and_torch_are_numbers_and_lists(pipeline, one, same):
+    assert torch.equal(pipeline(**one).tokens, pipeline(**same).tokens)
+
+
+def test_the_fingerprint_tells_weights_apart(pipeline):
+    before = pipeline.fingerprint()
+    assert before == pipeline.fingerprint() and len(before) == 16
+    with torch.no_grad():
+        pipeline.tokenizer.decoder.conv_out.bias += 1e-3
+    assert pipeline.fingerprint() != before
+
+
 def test_order_names_may_hold_their_own_steps_and_seed(pipeline):
     assert pipeline("mat", order="random:steps=3,seed=9").stats.calls == 3
     assert pipeline("mat", order="random-4", seed=5).stats.calls == 4
@@ -100,6 +186,36 @@ def _tensor(image):
         ({"prompt": "a", "top_k": -3}, "top-k"),
         ({"prompt": "a", "seed": -1}, "seed"),
         ({"prompt": "a", "num_images": 0}, "at least 1"),
+        ({"prompt": []}, "prompts .* must not be empty"),
+        ({"prompt": 3}, "must be a list, got 3"),
+        ({"prompt": ["a", None]}, "a prompt must be a text .* got None"),
+        ({"prompt": b"a"}, r"got b'a' \(bytes\)"),
+        ({"prompt": {"a", "cat"}}, "must be a list"),
+        ({"prompt": [["a"]]}, "a prompt must be a text"),
+        ({"class_labels": []}, "class labels must not be empty"),
+        ({"class_labels": 1.7}, "a class label must be a whole number .* got 1.7"),
+        ({"class_labels": [0, True]}, "a class label must be a whole number .* got True"),
+        ({"class_labels": "1"}, r"a class label must be .* got '1' \(str\)"),
+        ({"class_labels": np.zeros((2, 2), int)}, "array of 2 dimensions"),
+        ({"prompt": "a", "seed": None}, "the seed must be a whole number .* got None"),
+        ({"prompt": "a", "seed": 1.0}, "the seed must be"),
+        ({"prompt": "a", "seed": 2**32}, "the seed must be a whole number from 0 to 4294967295"),
+        ({"prompt": "a", "first": 2**32 - 1, "num_images": 2}, "the number of the last picture"),
+        ({"prompt": "a", "guidance_scale": "3"}, r"the guidance scale must be a finite number, got '3' \(str\)"),
+        ({"prompt": "a", "guidance_scale": True}, "the guidance scale must be a finite number, got True"),
+        ({"prompt": "a", "guidance_schedule": 3}, "the guidance schedule must be a text"),
+        ({"prompt": "a", "temperature": "1"}, "the temperature must be a finite number"),
+        ({"prompt": "a", "temperature": float("inf")}, "the temperature must be a finite number"),
+        ({"prompt": "a", "top_p": "0.5"}, "top-p must be a finite number"),
+        ({"prompt": "a", "top_p": float("nan")}, "top-p must be a finite number"),
+        ({"prompt": "a", "top_k": 1.5}, "top-k .* must be a whole number"),
+        ({"prompt": "a", "steps": True}, "steps must be a whole number"),
+        ({"prompt": "a", "steps": 2.5}, "steps must be a whole number"),
+        ({"prompt": "a", "num_images": None}, "number of images must be"),
+        ({"prompt": "a", "batch_size": 2.0}, "batch size must be"),
+        ({"prompt": "a", "order": 3}, "an order is a name"),
+        ({"prompt": "a", "order_options": ["steps"]}, "options of an order are a dict"),
+        ({"prompt": "a", "callback": 3}, "callback must be a function"),
         ({"prompt": "a", "init_image": Image.new("RGB", (8, 8))}, "both an init image and a mask"),
         ({"prompt": "a", "init_image": Image.new("RGB", (8, 8)), "mask": Image.new("L", (4, 4))}, "same size"),
         ({"prompt": "a", "init_image": Image.new("RGB", (8, 8)), "mask": Image.new("L", (8, 8))}, "no white area"),

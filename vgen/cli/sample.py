@@ -18,7 +18,7 @@ from vgen.errors import VgenError, nearest
 from vgen.saved import read_json
 
 if TYPE_CHECKING:
-    from vgen.pipelines.visual import Sampler
+    from vgen.pipelines.visual import Batch, Sampler
     from vgen.samplers.types import Order
 
 PROMPTS = (
@@ -238,6 +238,7 @@ def run(args: argparse.Namespace) -> None:
 
     _, height, width = pipe.tokenizer.spec.pixels(pipe.grids[-1])
     trace, stats, start = Trace() if args.trace else None, Stats(), time.perf_counter()
+
     def after_step(step, canvas):
         bar.update()
         if trace:
@@ -260,17 +261,16 @@ def run(args: argparse.Namespace) -> None:
         callback=after_step,
         **given,
     )
-    shown = None
+    shown: Batch | None = None  # the first one, for the animation
     with (
         target.open(settings, (width, height)),
         tqdm(total=_calls(target, args.batch_size, order), unit="call", desc="decoding", delay=1, leave=False) as bar,
     ):
         try:
             for batch in batches:
-                indices = [number - args.first for number in batch.numbers]
-                target.add(indices, batch.images)
+                target.add([number - args.first for number in batch.numbers], batch.images)
                 stats.add(batch)
-                shown = shown or (batch.condition, [caption(target.subjects[index]) for index in indices])
+                shown = shown or batch
         except KeyboardInterrupt:
             bar.close()
             print(target.progress(), file=sys.stderr)
@@ -278,16 +278,20 @@ def run(args: argparse.Namespace) -> None:
     stats.seconds = time.perf_counter() - start
     report = stats.report()
     if target.kept:
-        print(f"{len(target.kept)} of {len(target.subjects)} pictures were there already, with the same settings: {args.out}")
+        print(
+            f"{len(target.kept)} of {len(target.subjects)} pictures were there already, with the same settings: {args.out}"
+        )
     if stats.images:
         print(
             f"{stats.images} picture{'s' * (stats.images > 1)} in {report['seconds']:.1f} s ({report['images_per_second']:.1f}/s), "
             f"order {order.name}, {report['calls_per_batch']:.0f} forward passes: {args.out}"
         )
     if trace and shown:
-        condition, labels = shown
-        shown_only = condition.take(torch.arange(min(trace.limit, len(labels))))
-        frames = trace.frames(partial(pipe.decode_tokens, condition=shown_only), labels[: trace.limit])
+        numbers = torch.tensor(shown.numbers[: trace.limit])
+        condition = shown.condition.take(torch.arange(len(numbers)))
+        decode = partial(pipe.decode_tokens, condition=condition, samples=numbers, seed=args.seed)
+        labels = [caption(target.subjects[number - args.first]) for number in numbers.tolist()]
+        frames = trace.frames(decode, labels)
         save_animation(frames, args.trace)
         print(f"step by step: {args.trace}")
     elif trace:
@@ -319,6 +323,7 @@ def _settings(args: argparse.Namespace, pipe: Sampler, order: Order, given: Mapp
         "seed": args.seed,
         **chosen,
         **{name: {"name": path.name, "sha256": sha256(path)} for name, path in files.items()},
+        **({"outpaint": args.outpaint, "paste_back": args.paste_back} if args.init_image else {}),
         "dtype": args.dtype,
         "device": str(pipe.device),
     }

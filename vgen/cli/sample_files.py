@@ -117,6 +117,7 @@ class SampleFolder:
 
         VgenError where the folder holds pictures of other settings (nothing is changed then), or another process is at work.
         """
+        settings = json.loads(json.dumps(settings))  # as they are read again: tuples are lists
         with sole_user(self.path, "vgen sample"):
             self.kept |= {line["number"] for line in self._begin(settings)} & set(self._numbers())
             self.settings, self.done = settings, len(self.kept)
