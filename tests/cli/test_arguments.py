@@ -101,12 +101,15 @@ def test_writable(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "link"], "a check writes nothing"
 
 
-def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        arguments.os, "access", lambda path, mode: not mode & arguments.os.W_OK
-    )  # root may write anywhere
-    with pytest.raises(VgenError, match="nothing can be written to the folder"):
-        arguments.writable_folder("--out", tmp_path / "new")
+@pytest.mark.parametrize("reason", ["Read-only file system", "No space left on device"])
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch, reason):
+    def refusing(dir):
+        raise OSError(30, reason)
+
+    monkeypatch.setattr(arguments.tempfile, "TemporaryFile", refusing)  # root may write anywhere else
+    with pytest.raises(VgenError, match=f"nothing can be written to the folder .*{reason}"):
+        writable_folder("--out", tmp_path / "new" / "deep")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_devices_of_this_machine(monkeypatch):
