@@ -108,7 +108,7 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch, reason):
 
     monkeypatch.setattr(arguments.tempfile, "TemporaryFile", refusing)  # root may write anywhere else
     with pytest.raises(VgenError, match=f"nothing can be written to the folder .*{reason}"):
-        writable_folder("--out", tmp_path / "new" / "deep")
+        arguments.writable_folder("--out", tmp_path / "new" / "deep")
     assert list(tmp_path.iterdir()) == []
 
 

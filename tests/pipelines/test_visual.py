@@ -80,6 +80,7 @@ def test_prompts_of_a_text_encoder_are_read_a_block_at_a_time(pipeline, monkeypa
     "one, same",
     [
         ({"class_labels": 1}, {"class_labels": np.int64(1)}),
+        ({"class_labels": 1}, {"class_labels": "1"}),
         ({"class_labels": 1}, {"class_labels": torch.tensor(1)}),
         ({"class_labels": [0, 2]}, {"class_labels": np.array([0, 2])}),
         ({"class_labels": [0, 2]}, {"class_labels": torch.tensor([0, 2])}),
@@ -175,7 +176,6 @@ def _tensor(image):
         ({}, "either prompts or class labels"),
         ({"prompt": "a", "class_labels": 1}, "either prompts or class labels"),
         ({"prompt": "red unicorn"}, "'unicorn'"),
-        ({"prompt": ""}, "no words"),
         ({"prompt": "a", "order": "rastr"}, "did you mean 'raster'"),
         ({"prompt": "a", "order": "raster", "steps": 4}, "no option 'steps'"),
         ({"prompt": "a", "steps": 99}, "99"),
@@ -195,7 +195,6 @@ def _tensor(image):
         ({"class_labels": []}, "class labels must not be empty"),
         ({"class_labels": 1.7}, "a class label must be a whole number .* got 1.7"),
         ({"class_labels": [0, True]}, "a class label must be a whole number .* got True"),
-        ({"class_labels": "1"}, r"a class label must be .* got '1' \(str\)"),
         ({"class_labels": np.zeros((2, 2), int)}, "array of 2 dimensions"),
         ({"prompt": "a", "seed": None}, "the seed must be a whole number .* got None"),
         ({"prompt": "a", "seed": 1.0}, "the seed must be"),

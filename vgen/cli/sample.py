@@ -331,7 +331,10 @@ def _settings(args: argparse.Namespace, pipe: Sampler, order: Order, given: Mapp
 
 def _destination(args: argparse.Namespace) -> OneFile | SampleFolder:
     prompts = _prompts(args)
-    subjects = [{"class": label} for label in args.class_label] if prompts is None else [{"prompt": p} for p in prompts]
+    if prompts is None:
+        subjects = [{"class": int(label) if label.isdecimal() else label} for label in args.class_label]
+    else:
+        subjects = [{"prompt": prompt} for prompt in prompts]
     each = [subject for subject in subjects for _ in range(args.num_images)]
     return destination(args.out, args.first, each, args.overwrite)
 
