@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from train.neutral import changed_by_looking
 
 from vgen.errors import VgenError
 from vgen.pipelines.visual import VisualPipeline
@@ -74,6 +75,12 @@ def test_by_classes(config_of, system):
     assert (made[0] == 0).float().mean() > 0.8 and (made[1] == 3).float().mean() > 0.8
     with pytest.raises(VgenError, match="0 to 3, got 4"):
         pipe(class_labels=4)
+
+
+@pytest.mark.parametrize("system", ["llamagen", "rar"])
+def test_looking_changes_nothing(tmp_path, config_of, system):
+    trainer = Trainer(config_of(system, "optimizer.name=muon"))
+    assert changed_by_looking(trainer, tmp_path / "looks", 1) == []
 
 
 def test_stopped_after_every_step_rar_reaches_the_same_weights(tmp_path, config_of):

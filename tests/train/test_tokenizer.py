@@ -7,6 +7,8 @@ import torch
 import yaml
 from PIL import Image
 
+from train.neutral import changed_by_looking
+
 from vgen.errors import VgenError
 from vgen.models.clip_text import ClipFeatures
 from vgen.tokenizers_vis.registry import open_tokenizer
@@ -146,6 +148,12 @@ def test_resume_in_the_middle_of_the_gan_is_exact(tmp_path, config_of):
     assert weights(stopped.model) == whole
 
 
+@pytest.mark.parametrize("more", [(), ("optimizer.name=muon", "channels_last=true")], ids=str)
+def test_looking_changes_nothing(tmp_path, config_of, more):
+    trainer = Trainer(config_of("loss.disc_start=2", *more))
+    assert changed_by_looking(trainer, tmp_path / "looks", 2) == []
+
+
 def test_unused_codes_are_revived_in_weights_and_average(config_of):
     trainer = Trainer(config_of("loss.disc_start=100"))
     system, average = trainer.system, trainer.trainees["tokenizer"].average
@@ -179,7 +187,7 @@ def test_collapse_is_said(config_of):
         ("model.size=emoji-f9", "did you mean 'emoji-f"),
         ("model.size=null", "model.size must be set"),
         ("model.zchannels=8", "unknown key `model.zchannels` (did you mean 'z_channels'?)"),
-        ("model.ch=wide", "at `model.ch`"),
+        ("model.ch=wide", "model.ch must be a whole number"),
         ("model.usage_window=0", "set model.usage_window"),
         ("model.encoder_ch_mult=[1]", "equally many levels"),
         ("loss.perceptual=lpips", "needs the file loss.lpips_vgg"),

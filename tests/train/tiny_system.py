@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,6 +28,8 @@ class Config(TrainConfig):
     pause: float = 0.0  # seconds a step takes
     poison: int = 0  # step (from 1) whose loss is not a number; 0: none
     adversarial: bool = True
+    critic_from: int = 0  # first step that trains the critic
+    signal_from: int = -1  # this process, by rank, gets SIGTERM in step 3; -1: none
     batch_norm: bool = True
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -70,7 +76,13 @@ class TinySystem:
         if step + 1 == self.config.poison:
             error = error * float("nan")
         yield Loss("regressor", error, {"output": made.detach().abs().mean()})
-        if self.config.adversarial:
+        if (
+            step == 2
+            and len(self.seen) % self.config.accumulate == 0
+            and self.config.signal_from == int(os.environ.get("RANK", "0"))
+        ):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.config.adversarial and step >= self.config.critic_from:
             judged = self.networks["critic"](torch.cat((x, made.detach().float())))
             yield Loss(
                 "critic", (judged.float() - torch.arange(2.0).repeat_interleave(len(x))[:, None]).square().mean()
@@ -80,9 +92,11 @@ class TinySystem:
         return []
 
     def preview(self, step: int) -> Image.Image:
+        torch.rand(3), np.random.rand(3), random.random()  # looking may draw
         return Image.new("RGB", (4, 4))
 
     def evaluate(self, step: int) -> dict[str, float]:
+        torch.rand(3), np.random.rand(3), random.random()
         x = torch.stack([self._row(-1 - row) for row in range(16)])
         return {"error": (self.regressor(x).float() - x.flip(-1)).square().mean().item()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from vgen.files import atomic_path
 class RunLog:
     """Writes the figures of a run. On processes other than the main one it is silent.
 
-    A run that restarts at `step` first drops the log's later lines, so that every step appears once.
+    A run that restarts at `step` first drops the log's later lines, so that every step appears once, and damaged ones.
     """
 
     def __init__(self, folder: Path, step: int, steps: int, items: str, tensorboard: bool, active: bool):
@@ -81,15 +82,17 @@ class RunLog:
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line cut short by a kill
-        if entry["step"] <= step:
-            kept.append(line)
-    if len(kept) < len(lines):
+    content = path.read_bytes()
+    kept = b"".join(line + b"\n" for line in content.split(b"\n") if _step_of(line) <= step)
+    if kept != content:
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.write_bytes(kept)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinity for one that a kill or a full disk damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
