@@ -10,7 +10,7 @@ from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.types import Step
 
 HALF = [torch.bfloat16, torch.float16]
-DRAWS = "rand randn rand_like randn_like randint multinomial bernoulli normal".split()
+DRAWS = ["rand", "randn", "rand_like", "randn_like", "randint", "multinomial", "bernoulli", "normal"]
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -30,7 +30,7 @@ def test_tokens_of_half_logits_are_those_of_fp32_noise(dtype):
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_half_precision_default_changes_no_draw(dtype):
     noise = PhiloxNoise(7, torch.arange(2))
-    step = Step(torch.arange(3)[None].expand(2, -1), 0, 3, 3, 3)
+    step = Step(0, torch.arange(3)[None].expand(2, -1), 3, (3, 0), 1, 3)
     drawn = [
         lambda: noise.gumbel(0, step, (2, 3, 4)),
         lambda: noise.uniform(0, step, (2, 3)),

@@ -85,7 +85,7 @@ def test_optimizer_states_go_and_come_back_and_the_config_keeps_its_settings():
     load_optimizer_state(net, [other], saved)
     assert (other.param_groups[0]["lr"], other.param_groups[0]["weight_decay"]) == (0.5, 0.25)
     assert len(other.state) == 2 and str(optimizer_state(net, [other])) == str(saved)
-    with pytest.raises(KeyError, match="9.weight"):
+    with pytest.raises(KeyError, match=r"9\.weight"):
         load_optimizer_state(net, [other], {"9.weight": {}})
     with pytest.raises(RuntimeError, match=r"shape \[2\] for a parameter \[2, 3\]"):
         load_optimizer_state(net, [other], {"0.weight": {"exp_avg": torch.zeros(2)}})

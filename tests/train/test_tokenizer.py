@@ -6,7 +6,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-
 from train.neutral import changed_by_looking
 
 from vgen.errors import VgenError
