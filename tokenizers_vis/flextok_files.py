@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import safetensors
 import yaml
 
 from vgen.errors import VgenError
+from vgen.saved import read_json
 
 
 def file_facts(path: str | Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def file_facts(path: str | Path) -> dict[str, Any]:
         raise VgenError(f"{path} is not a complete safetensors file; download it again") from error
     beside = path.with_name("config.json")
     if beside.is_file():
-        content = json.loads(beside.read_text(encoding="utf-8"))
+        content = read_json(beside)
         entries = {**content.get("config", content), **entries}
     wanted = {
         "max_time": _find(entries.get("decoder"), "max_timestep"),

@@ -1,6 +1,9 @@
 """The door: the table of commands, errors as sentences, and what is not imported."""
 
+import argparse
+import ast
 import errno
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +150,32 @@ def test_a_check_runs_before_the_command(monkeypatch, capsys):
 )
 def test_only_close_spellings_are_suggested(word, known, found):
     assert nearest(word, known) == (f" (did you mean {found!r}?)" if found else "")
+
+
+def test_every_option_that_a_text_of_the_program_names_exists():
+    """Texts of errors, logs and help: what they tell the user to type is there."""
+    options = {"--help", "--version"}
+    pending = [door.build_parser(command) for command in door.COMMANDS]
+    while pending:
+        for action in pending.pop()._actions:
+            options |= set(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                pending += action.choices.values()
+    of_others = {
+        "--shm-size",
+        "--num_processes",
+        "--nproc_per_node",
+        "--silent",
+        "--pack-destination",
+    }  # docker, torch, npm
+    root = Path(vgen.__file__).parents[1]
+    named = {}
+    for folder in ("vgen", "samplers", "tokenizers_vis", "kernels"):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    for option in re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z0-9]", node.value):
+                        named.setdefault(option, path.name)
+    options |= of_others | {"--low"}  # the beginning of three, which a loop makes
+    unknown = {option: file for option, file in named.items() if option not in options}
+    assert len(named) > 30 and not unknown

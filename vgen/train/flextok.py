@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from vgen.data.batches import batches
 from vgen.samplers.flow import TIMES, FlowGuidance
+from vgen.saved import read_json
 from vgen.tokenizers_vis.alignment import Teacher
 from vgen.tokenizers_vis.base import to_uint8
 from vgen.tokenizers_vis.flextok import FlexTok, token_counts
@@ -126,7 +126,7 @@ def check(config: Config) -> None:
 def open_vae(config: Config) -> ModelMixin:
     """The frozen VAE that the config names."""
     folder = find_tokenizer(config.model.vae)
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    kind = read_json(folder / "config.json").get("_class_name")
     if kind == "AutoencoderKL":
         vae = FlexTokVAE.from_autoencoder(folder, config.model.vae_scale)
     else:
