@@ -216,3 +216,10 @@ def test_ancestral_substeps_are_their_formula(clip):
         if k:
             expected = expected + 0.7 * table["posterior_variance"][k].sqrt() * normals[k]
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_only_the_noise_is_guided_and_the_variance_is_the_conditional_rows():
+    features = torch.tensor([1.0, -2.0])[:, None, None, None].expand(2, 3, 2, 1)
+    made = Diffusion(features, lambda x, t, z: torch.cat((z, 10 * z), dim=1), GaussianDiffusion.named(), 1)
+    noise, spread = made.denoise(torch.zeros(6, 1), torch.zeros(6, dtype=torch.long), ClassifierFree(3.0), (3.0, -2.0))
+    assert noise.flatten().tolist() == [3.0 + 4.0] * 6 and spread.flatten().tolist() == [10.0] * 6

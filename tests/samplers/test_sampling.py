@@ -255,3 +255,14 @@ def test_every_guidance_schedule_is_its_formula():
     for name, share in expected.items():
         scale = 1 + 3 * share
         assert ClassifierFree(4.0, name, 2.0).weights(now) == pytest.approx((scale, 1 - scale)), name
+
+
+def test_log_probs_are_those_of_the_draw():
+    """What the filters took away is -inf, the rest is renormalised; temperature 0 leaves the likeliest token alone."""
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0])[None, None, None].expand(2, 1, 2, 4)
+    now, noise = step([0, 1]), PhiloxNoise(0, torch.tensor([0]))
+    draw = Logits(logits).draw(now, ClassifierFree(2.0), TokenChoice(0.5, top_k=2), noise)
+    expected = torch.tensor([6.0, 4.0, -math.inf, -math.inf]).log_softmax(dim=0)
+    torch.testing.assert_close(draw.log_probs(slice(1, 2))[0, 0], expected)
+    greedy = Logits(logits).draw(now, ClassifierFree(2.0), TokenChoice(0.0), noise).log_probs(slice(0, 2))
+    assert greedy.tolist() == [[[0.0, -math.inf, -math.inf, -math.inf]] * 2]
