@@ -14,6 +14,14 @@ def pytest_runtest_setup(item):
     torch.manual_seed(0)
 
 
+def assert_same_weights(one, other):
+    """Equal names, shapes and values. Outputs of a loaded model may differ in the last bit: its tensors lie elsewhere in memory,
+    at another alignment, and matrix products sum in another order."""
+    state, expected = one.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    assert [key for key, value in expected.items() if not torch.equal(state[key], value)] == []
+
+
 def tiny_pipeline():
     """8x8-pixel pictures of 4x4 tokens, random weights."""
     from vgen.models.anyorder import AnyOrderModel
