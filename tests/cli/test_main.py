@@ -27,6 +27,8 @@ WITHOUT_TORCH = [
     (["reconstruct", "--model", "emoji-vk", "--input", "."], 2),
     (["tokenize", "--model", "emoji-vk", "--data", ".", "--out", "x"], 2),
     (["train", "not/there.yaml"], 2),
+    (["sample", "--model", "emojy"], 2),
+    (["sample", "--model", "."], 2),
     (["convert", "llamagen-vq1", "--out", "x"], 2),
     (["data", "info", "not/there"], 2),
     (["orders", "--grid", "0"], 2),

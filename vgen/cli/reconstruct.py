@@ -178,10 +178,9 @@ def _check_model(model: str) -> None:
         return
     if model in SHIPPED or (model in names() and published(model).kind == "tokenizer"):
         return
-    tokenizers = names(kind="tokenizer")
     raise VgenError(
-        f"there is no tokenizer {model!r}{nearest(model, [*SHIPPED, *tokenizers])}; --model takes a shipped one ({', '.join(SHIPPED)}), "
-        f"a published one ({', '.join(tokenizers)}) or a folder"
+        f"there is no tokenizer {model!r}{nearest(model, [*SHIPPED, *names()])}; --model takes a shipped one ({', '.join(SHIPPED)}), "
+        "a published one (`vgen convert --list` prints them) or a folder"
     )
 
 

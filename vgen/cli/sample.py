@@ -193,6 +193,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Looks at everything that can be refused without the model: prompts, options, files and places for results."""
+    check_model(args.model)
     if args.list_words:
         return
     _order_options(args.order_option)
@@ -346,41 +347,37 @@ def load_pipeline(
     import torch
     from diffusers.utils.logging import disable_progress_bar
 
-    from vgen.convert.published import names
     from vgen.pipelines.components import SHIPPED
     from vgen.pipelines.visual import Sampler
 
+    check_model(model)
     disable_progress_bar()  # loading takes a second; its bar would only hide our own lines
     device = usable_device(device)
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            alone = (folder / "config.json").is_file()
-            raise VgenError(
-                f"{model} holds one model, expected a pipeline (model_index.json) of tokenizer and generator; name the tokenizer "
-                "(data.tokenizer) when training a generator: `vgen train CONFIG data.tokenizer=FOLDER --export PIPELINE` adds it"
-                if alone
-                else f"{model} has no model_index.json, so it is not a vgen pipeline; give the folder that `vgen train` exported"
-            )
-        pipe = Sampler.open(folder)
-    elif folder.is_file():
-        raise VgenError(
-            f"{model} is a file; --model takes the name of a shipped model or a pipeline folder with a model_index.json"
-        )
+    if Path(model).is_dir():
+        pipe = Sampler.open(model)
     elif model in SHIPPED:
         pipe = Sampler.shipped(model)
-    elif model in names():
+    else:
         from vgen.convert.load import load_published
 
         pipe = load_published(model, checkpoint_dir)
-    else:
-        raise VgenError(
-            f"there is no model {model!r}{nearest(model, [*SHIPPED, *names(kind='generator')])}; --model takes a shipped model "
-            f"({', '.join(SHIPPED)}), a published one ({', '.join(names(kind='generator'))}) or a pipeline folder"
-        )
     for part in (pipe.tokenizer, pipe.model):  # weights may be stored in half precision
         torch.nn.Module.to(part, device, getattr(torch, dtype))  # diffusers' own `to` warns about nothing here
     return pipe
+
+
+def check_model(model: str) -> None:
+    """VgenError unless `model` is the folder of a pipeline or the name of a shipped or published model. Imports no torch."""
+    from vgen.convert.published import names
+    from vgen.pipelines.components import SHIPPED, component_names, read_index
+
+    if Path(model).exists():
+        component_names(read_index(model), model)
+    elif model not in (*SHIPPED, *names()):
+        raise VgenError(
+            f"there is no model {model!r}{nearest(model, [*SHIPPED, *names()])}; --model takes a shipped model ({', '.join(SHIPPED)}), "
+            "a published one (`vgen convert --list` prints them) or a pipeline folder"
+        )
 
 
 def _prompts(args: argparse.Namespace) -> list[str] | None:
