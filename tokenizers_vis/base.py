@@ -14,6 +14,7 @@ from vgen.errors import VgenError
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.types import Grid, grid_size
 from vgen.tokenizers_vis.posterior import DiagonalGaussian
+from vgen.values import shown
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,10 @@ class CodeTokenizer:
 
     def encode(self, pixels: Tensor, noise: Any = None) -> Tensor:
         """[B, 3, H, W] or [B, 3, T, H, W] in [-1, 1] -> codes [B, N] int64, raster order. noise is not used."""
+        check_pixels(pixels)
         self.spec.grid(*pixels.shape[-2:])
         frames = rearrange(pixels, "b c t h w -> (b t) c h w") if pixels.dim() == 5 else pixels
+        frames = frames.to(self.dtype)
         return rearrange(self.quantize(self.features(frames)).indices, "(b t) n -> b (t n)", b=pixels.shape[0])
 
     def codes_to_vectors(self, tokens: Tensor, grid: Grid) -> Tensor:
@@ -125,8 +128,8 @@ class CodeTokenizer:
         The decoder is deterministic and unconditional: steps and guidance raise VgenError, condition and noise are not used.
         """
         refuse_steps(steps, guidance)
-        grid = fitting_grid(tokens, grid)
         check_tokens(tokens, self.spec.vocabulary)
+        grid = fitting_grid(tokens, grid)
         pixels = self.reconstruct(self.codes_to_vectors(tokens, grid))
         return pixels if grid[0] == 1 else rearrange(pixels, "(b t) c h w -> b c t h w", t=grid[0])
 
@@ -160,9 +163,10 @@ class LatentTokenizer:
         return self._tokens(posterior.mean, grid), self._tokens((0.5 * posterior.log_variance).exp(), grid)
 
     def _posterior(self, pixels: Tensor) -> tuple[DiagonalGaussian, Grid]:
+        check_pixels(pixels)
         grid = self.spec.grid(*pixels.shape[-2:], pixels.shape[2] if pixels.dim() == 5 else 1)
         frames = rearrange(pixels, "b c t h w -> (b t) c h w") if pixels.dim() == 5 else pixels
-        return self.posterior(frames), grid
+        return self.posterior(frames.to(self.dtype)), grid
 
     def _tokens(self, maps: Tensor, grid: Grid) -> Tensor:
         """Unscaled latent maps -> scaled tokens."""
@@ -182,8 +186,8 @@ class LatentTokenizer:
         The decoder is deterministic and unconditional: steps and guidance raise VgenError, condition and noise are not used.
         """
         refuse_steps(steps, guidance)
-        grid = fitting_grid(tokens, grid)
         check_latents(tokens, self.spec.channels)
+        grid = fitting_grid(tokens, grid)
         pixels = self.reconstruct(to_maps(tokens, grid, self.packing) / self.config.scale)
         return pixels if grid[0] == 1 else rearrange(pixels, "(b t) c h w -> b c t h w", t=grid[0])
 
@@ -276,8 +280,31 @@ def refuse_steps(steps: int | None, guidance: float | None) -> None:
         raise VgenError("this decoder runs once and takes no steps or guidance; leave both out")
 
 
+def check_pixels(pixels: Tensor, limit: float = 8.0) -> None:
+    """VgenError unless pixels are finite floats [B, 3, H, W] or [B, 3, T, H, W] of the kind [-1, 1], on any device in any precision.
+
+    limit: values beyond it are no overshoot but levels from 0 to 255. Synchronises: once per batch.
+    """
+    wanted = "a tokenizer takes float pixels [B, 3, H, W] or [B, 3, T, H, W] in [-1, 1]"
+    if not isinstance(pixels, Tensor):
+        raise VgenError(f"{wanted}, got {shown(pixels)}; vgen.layers.pixels.to_pixels makes them of a PIL image")
+    if not pixels.is_floating_point():
+        raise VgenError(f"{wanted}, got {pixels.dtype}; levels from 0 to 255 become pixels by x / 127.5 - 1")
+    if pixels.dim() not in (4, 5) or pixels.shape[1] != 3 or not pixels.numel():
+        raise VgenError(f"{wanted}, got the shape {list(pixels.shape)}")
+    low, high = (float(bound) for bound in torch.aminmax(pixels))
+    if not (-limit <= low and high <= limit):
+        raise VgenError(f"{wanted}, found {low:g} to {high:g}; levels from 0 to 255 become pixels by x / 127.5 - 1")
+
+
 def check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """VgenError unless every code is in [0, vocabulary). Synchronises, so call it once per batch and never in the loop."""
+    """VgenError unless tokens are whole numbers [B, N] or [B, N, C], every one in [0, vocabulary).
+
+    Synchronises, so call it once per batch and never in the loop.
+    """
+    if not isinstance(tokens, Tensor) or tokens.dim() not in (2, 3) or tokens.dtype not in (torch.int64, torch.int32):
+        found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else shown(tokens)
+        raise VgenError(f"codes are an int64 tensor [B, N] (TokenBridge: [B, N, C]), got {found}")
     low, high = (int(bound) for bound in torch.aminmax(tokens)) if tokens.numel() else (0, 0)
     if low < 0 or high >= vocabulary:
         raise VgenError(
@@ -291,6 +318,8 @@ def check_latents(tokens: Tensor, channels: int, limit: float = 3.0) -> None:
 
     Latents are scaled to a standard deviation of about 1; without the scale, MAR's have 4.3. Synchronises: once per batch.
     """
+    if not isinstance(tokens, Tensor):
+        raise VgenError(f"latents of this tokenizer are floats [B, N, {channels}], got {shown(tokens)}")
     if tokens.dim() != 3 or tokens.shape[2] != channels or not tokens.is_floating_point():
         raise VgenError(
             f"latents of this tokenizer are floats [B, N, {channels}], got {tokens.dtype} {list(tokens.shape)}; "

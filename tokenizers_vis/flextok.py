@@ -31,7 +31,7 @@ from vgen.samplers.flow import FlowGuidance, ProjectedGuidance, euler, even_time
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.types import Grid
 from vgen.sizes import NamedSizes
-from vgen.tokenizers_vis.base import TokenSpec, check_tokens
+from vgen.tokenizers_vis.base import TokenSpec, check_pixels, check_tokens
 from vgen.tokenizers_vis.flextok_files import file_facts
 from vgen.tokenizers_vis.flextok_nets import FlexTokDecoder, FlexTokEncoder
 from vgen.tokenizers_vis.flextok_vae import modern_names
@@ -165,6 +165,7 @@ class FlexTok(NamedSizes, ModelMixin, ConfigMixin):
         noise: N(0, 1) of the latent map's shape [B, C, H/f, W/f], for a sample of the VAE's posterior, as released (the same
         picture then gives other tokens every time). None: its mode.
         """
+        check_pixels(pixels)
         self.spec.grid(*pixels.shape[-2:])
         z = self.encoder(self.latents(pixels, noise).to(self.dtype))
         return self.quantizer.quantize(z)[1]
@@ -191,10 +192,10 @@ class FlexTok(NamedSizes, ModelMixin, ConfigMixin):
         model was made for). grid and condition are not used: a sequence has no shape. Raises VgenError for what does not fit.
         """
         count = self.config.registers
-        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= count:
+        if isinstance(tokens, Tensor) and (tokens.dim() != 2 or not 1 <= tokens.shape[1] <= count):
             raise VgenError(f"this FlexTok decodes 1 to {count} tokens a picture, [B, k], got {list(tokens.shape)}")
-        batch, given = tokens.shape
         check_tokens(tokens, self.spec.vocabulary)
+        batch, given = tokens.shape
         height, width = size or self.size
         self.spec.grid(height, width)
         steps = self.config.steps if steps is None else steps

@@ -31,7 +31,7 @@ from vgen.errors import VgenError
 from vgen.layers.pixels import centre_square, to_pixels
 from vgen.samplers.types import Grid
 from vgen.sizes import NamedSizes
-from vgen.tokenizers_vis.base import TokenSpec, check_latents, fitting_grid, refuse_steps
+from vgen.tokenizers_vis.base import TokenSpec, check_latents, check_pixels, fitting_grid, refuse_steps
 from vgen.tokenizers_vis.mingtok_nets import (
     Hidden,
     LowLevelEncoder,
@@ -170,6 +170,7 @@ class MingTok(NamedSizes, ModelMixin, ConfigMixin):
 
         Sides are multiples of patch_size; sizes other than the square of `image_size` use interpolated positions.
         """
+        check_pixels(pixels)
         return self.normalise(self.raw_latents(pixels)[:, :-1])
 
     def features(self, pixels: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError
 from vgen.samplers.types import Grid
 from vgen.sizes import NamedSizes
-from vgen.tokenizers_vis.base import LatentTokenizer, TokenSpec, check_latents, check_tokens, refuse_steps
+from vgen.tokenizers_vis.base import LatentTokenizer, TokenSpec, check_latents, check_pixels, check_tokens, refuse_steps
 from vgen.tokenizers_vis.online_clustering import OnlineClusteringQuantizer
 from vgen.tokenizers_vis.posterior import DiagonalGaussian
 from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer, with_bookkeeping
@@ -128,13 +128,14 @@ class TiTok(NamedSizes):
         VgenError, noise is not used.
         """
         refuse_steps(steps, guidance)
+        vectors = self.vectors(tokens)
         expected = (1, 1, self.spec.sequence)
         if tokens.shape[1] != self.spec.sequence or tuple(grid or expected) != expected:
             found = f"{tokens.shape[1]} tokens" + (f" on a grid {'x'.join(map(str, grid))}" if grid else "")
             raise VgenError(
                 f"this TiTok decodes {self.spec.sequence} tokens, grid {'x'.join(map(str, expected))}, got {found}"
             )
-        return self.reconstruct(self.vectors(tokens), condition)
+        return self.reconstruct(vectors, condition)
 
 
 class DiscreteTiTok(TiTok):
@@ -147,6 +148,7 @@ class DiscreteTiTok(TiTok):
 
     def encode(self, pixels: Tensor, noise: Any = None) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> codes [B, N] int64. noise is not used."""
+        check_pixels(pixels)
         return self.quantize(self.features(pixels)).indices
 
     def vectors(self, tokens: Tensor) -> Tensor:
