@@ -46,7 +46,5 @@ def test_tokens_of_another_kind_are_one_sentence(tokenizer):
     tokens = tokenizer.encode(PICTURE)
     other = tokens.float() if not tokens.is_floating_point() else tokens.long()
     for wrong in (other, tokens[0], np.asarray(tokens.detach()), tokens.tolist()):
-        with pytest.raises(
-            VgenError, match=r"codes are an int64 tensor|latents of this tokenizer are floats"
-        ):
+        with pytest.raises(VgenError, match=r"codes are an int64 tensor|latents of this tokenizer are floats"):
             tokenizer.decode(wrong)
