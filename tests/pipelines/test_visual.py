@@ -258,3 +258,10 @@ def test_a_flexible_tokenizer_makes_pictures_of_other_shapes(pipeline):
     assert pipeline("mat", size=(8, 8)).images[0].size == (8, 8)
     with pytest.raises(VgenError, match="make pictures of 8x8, got the size 8x12"):
         pipeline("mat", size=(8, 12))
+
+
+def test_an_empty_prompt_asks_for_nothing(pipeline):
+    """The rows of guidance are the same then: any scale gives what no guidance gives."""
+    made, plain = (pipeline("", num_images=2, seed=4, guidance_scale=scale).tokens for scale in (3.0, 1.0))
+    assert torch.equal(made, plain)
+    assert not torch.equal(pipeline("a cat", num_images=2, seed=4, guidance_scale=1.0).tokens, plain)
