@@ -138,7 +138,11 @@ def test_two_ranks_with_draws_of_their_own_resume_exactly_and_agree_to_stop(tmp_
         )
         for rank in (0, 1)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
     assert [json.loads((tmp_path / f"codes{rank}").read_text()) for rank in (0, 1)] == [[0, 143, 0]] * 2
     assert "stopped by SIGTERM after step 3 of 6, saved" in errors[0] and "continues after step 3" in errors[0]
