@@ -245,3 +245,17 @@ def test_an_interrupted_sheet_leaves_nothing(pipeline_folder, tmp_path, capsys, 
     failing(monkeypatch, 0, KeyboardInterrupt())
     assert many(pipeline_folder, tmp_path / "a.png") == 130
     assert "nothing was written; a folder as --out keeps" in capsys.readouterr().err and names(tmp_path) == []
+
+
+def test_a_list_that_finds_no_room_stays_as_it_was(tmp_path, monkeypatch):
+    target = SampleFolder(tmp_path, 0, PROMPTS, False)
+    with target.open({"seed": 1}, (8, 8)):
+        target.add([0], [Image.new("RGB", (8, 8))])
+        before = (tmp_path / "samples.jsonl").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "os.fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+            )
+            with pytest.raises(VgenError, match=r"No space left on device.*1 of 2 pictures are in"):
+                target.add([1], [Image.new("RGB", (8, 8))])
+        assert (tmp_path / "samples.jsonl").read_bytes() == before and names(tmp_path) == ["00000.png", "samples.jsonl"]

@@ -114,7 +114,12 @@ def test_the_registry_gives_a_visual_pipeline_with_the_models_own_tokenizer(tmp_
 def test_bad_input_is_one_sentence(pipe):
     for call, words in (
         (lambda: pipe.generate(""), "needs text: say what to make"),
-        (lambda: pipe.generate("a cat", 0), "at least 1, got 0 and 4"),
+        (lambda: pipe.generate(["a cat"]), "the prompt must be a text"),
+        (lambda: pipe.generate("a cat", batch_size=True), "batch size must be a whole number"),
+        (lambda: pipe.generate("a cat", seed=None), "the seed must be a whole number"),
+        (lambda: pipe.edit(photo(), None), "the instruction must be a text"),
+        (lambda: UnifiedPipeline(pipe.model, text_guidance="3"), "text guidance .* must be a finite number"),
+        (lambda: pipe.generate("a cat", 0), "at least 1, got 0"),
         (lambda: pipe.edit(photo(), " "), "needs text: say what to change"),
         (lambda: pipe.ask(photo(), ""), "a prompt needs text"),
         (lambda: pipe.dialogue().say("a cat", 3), "the picture is a path, bytes, a PIL image.*got a int"),

@@ -28,8 +28,9 @@ from vgen.models.ming_prompts import (
 from vgen.models.mingunivision import MingUniVision
 from vgen.samplers.choice import FlowChoice, TokenChoice
 from vgen.samplers.guidance import TextImageGuidance
-from vgen.samplers.noise import PhiloxNoise
+from vgen.samplers.noise import LARGEST, PhiloxNoise
 from vgen.samplers.types import Canvas, Step
+from vgen.values import string, whole
 from vgen.saved import open_saved
 
 Said = AnyPicture | Reply  # what a turn of the user is made of; a str is text, so a picture's file is a Path
@@ -100,11 +101,8 @@ class UnifiedPipeline:
         callback: Callable[[Step, Canvas], None] | None = None,
     ) -> list[Image.Image]:
         """Pictures of a description. Picture i depends on (seed, i) only. The prompt is read once for all of them."""
-        if num_images < 1 or batch_size < 1:
-            raise VgenError(
-                f"the number of images and the batch size must be at least 1, got {num_images} and {batch_size}"
-            )
-        if not prompt.strip():
+        num_images, batch_size = whole(num_images, "the number of images", 1), whole(batch_size, "the batch size", 1)
+        if not string(prompt, "the prompt").strip():
             raise VgenError("a prompt needs text: say what to make")
         settings, context = self._settings(seed, False, callback), Context(self.model)
         context.read(self.model.vocabulary.prompt(GENERATE.format(caption=prompt)))
@@ -130,7 +128,7 @@ class UnifiedPipeline:
         is the release's recommended dialogue.
         """
         dialogue = self.dialogue(seed, callback=callback)
-        if not instruction.strip():
+        if not string(instruction, "the instruction").strip():
             raise VgenError("a prompt needs text: say what to change")
         image = open_picture(image)
         if region_first:
@@ -147,6 +145,7 @@ class UnifiedPipeline:
         return self.dialogue(seed).say(open_picture(image), question, limit=limit).text
 
     def _settings(self, seed: int, keep_masks: bool, callback: Callable[[Step, Canvas], None] | None) -> Settings:
+        seed = whole(seed, "the seed", 0, LARGEST)
         changes: dict[str, Any] = {} if callback is None else {"callback": callback}
         return replace(
             self.settings, noise=lambda samples: PhiloxNoise(seed, samples), keep_masks=keep_masks, **changes
