@@ -30,8 +30,8 @@ from vgen.samplers.choice import FlowChoice, TokenChoice
 from vgen.samplers.guidance import TextImageGuidance
 from vgen.samplers.noise import LARGEST, PhiloxNoise
 from vgen.samplers.types import Canvas, Step
-from vgen.values import string, whole
 from vgen.saved import open_saved
+from vgen.values import string, whole
 
 Said = AnyPicture | Reply  # what a turn of the user is made of; a str is text, so a picture's file is a Path
 
