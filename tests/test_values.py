@@ -94,3 +94,14 @@ def test_values_in_messages_are_short_and_typed():
         shown("3") == "'3' (str)" and shown(None) == "None" and shown(np.zeros((2, 3))) == "a ndarray of shape [2, 3]"
     )
     assert len(shown("x" * 1000)) < 60
+
+
+@pytest.mark.parametrize(
+    "grid", [(8.5, 8), True, None, "8x8", (8, True), (), (1, 2, 3, 4), np.array([8.0, 8.0]), 0], ids=str
+)
+def test_sizes_of_a_grid_are_not_rounded(grid):
+    from vgen.samplers.orders import make_order
+
+    assert make_order("raster", np.array([4, 2])).grid == make_order("raster", torch.Size((4, 2))).grid == (1, 4, 2)
+    with pytest.raises(VgenError, match="a grid"):
+        make_order("raster", grid)
