@@ -59,16 +59,17 @@ def test_nothing_changed_nothing_is_coded(tmp_path, pictures, cache):
 
 
 def test_another_picture_of_the_same_size_and_time(tmp_path, pictures, tokenizer, cache):
-    cache()
     path = pictures / "heldout" / "red" / "1.png"
+    path.write_bytes(path.read_bytes().ljust(1000, b"\0"))  # readers stop at the end of the picture
+    cache()
     stat = path.stat()
     image = Image.open(path).convert("RGB")
     image.putpixel((5, 5), (1, 2, 3))
     image.paste((0, 90, 0), (0, 0, 16, 16))
     image.save(path)
-    contents = path.read_bytes()
-    path.write_bytes(contents + bytes(max(0, stat.st_size - len(contents))))
+    path.write_bytes(path.read_bytes().ljust(1000, b"\0"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (1000, stat.st_mtime_ns)
     _, coded = cache()
     assert len(coded) == 6  # the held-out pictures; the training split is kept
     images = open_images(pictures, "heldout", 32)

@@ -161,13 +161,18 @@ def measure(
         for row, kept in enumerate(num_tokens):
             (result,) = reconstruct_batches(tokenizer, pixels, kept, batch_size=len(batch), first=seen, **options)
             figures[row].append(result.figures)
-            made[row].append(result.reconstruction[:keep].clone())
-        originals.append(pixels[:keep].clone())
+            made[row] += result.reconstruction[:keep].clone()
+        originals += pixels[:keep].clone()  # pictures, not a view of the batch: that would keep all of it
         seen += len(batch)
     if not seen:
         raise VgenError("there are no pictures to measure: none can be read")
     rows = [
-        Measured(kept, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(images))
+        Measured(kept, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, _stacked(images, pixels))
         for kept, parts, images in zip(num_tokens, figures, made)
     ]
-    return torch.cat(originals), rows
+    return _stacked(originals, pixels), rows
+
+
+def _stacked(pictures: Sequence[Tensor], like: Tensor) -> Tensor:
+    """[s, 3, H, W], of none too."""
+    return torch.stack(list(pictures)) if pictures else like[:0].clone()
