@@ -26,7 +26,7 @@ from vgen.eval.reconstruction import cost, joined, reconstruct_batches
 from vgen.eval.report import machine_line
 from vgen.files import atomic_path, write_json
 from vgen.layers.pixels import to_images
-from vgen.tokenizers_vis.flextok import FlexTok, token_counts
+from vgen.tokenizers_vis.flextok.flextok import FlexTok, token_counts
 from vgen.tokenizers_vis.registry import SHIPPED
 from vgen.tokenizers_vis.tokenbridge import TokenBridge
 from vgen.train.system import spread

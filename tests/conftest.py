@@ -25,7 +25,7 @@ def assert_same_weights(one, other):
 def tiny_pipeline():
     """8x8-pixel pictures of 4x4 tokens, random weights."""
     from vgen.models.anyorder import AnyOrderModel
-    from vgen.models.vocabulary import Vocabulary
+    from vgen.models.conditions.vocabulary import Vocabulary
     from vgen.pipelines.visual import VisualPipeline
     from vgen.tokenizers_vis.vq import VQModel
 

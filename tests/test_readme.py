@@ -32,8 +32,9 @@ from vgen.data.emoji import build_emoji
 from vgen.errors import VgenError
 from vgen.pipelines.components import SHIPPED
 from vgen.samplers.orders import make_order
+from vgen.settings import merge, parse_overrides, read_yaml
 from vgen.tokenizers_vis.registry import SHIPPED as TOKENIZERS
-from vgen.train.config import check_common, merge, parse_overrides, read_yaml
+from vgen.train.config import check_common
 from vgen.train.system import system_module
 
 ROOT = Path(__file__).parents[1]

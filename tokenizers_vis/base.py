@@ -13,7 +13,7 @@ from torch import Tensor
 from vgen.errors import VgenError
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.types import Grid, grid_size
-from vgen.tokenizers_vis.posterior import DiagonalGaussian
+from vgen.tokenizers_vis.latents.posterior import DiagonalGaussian
 from vgen.values import shown
 
 

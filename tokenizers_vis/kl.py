@@ -28,7 +28,7 @@ from vgen.layers.conv import Decoder, Encoder
 from vgen.layers.taming import rename_taming, taming_facts
 from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import LatentTokenizer, TokenSpec
-from vgen.tokenizers_vis.posterior import DiagonalGaussian
+from vgen.tokenizers_vis.latents.posterior import DiagonalGaussian
 
 # Keyword arguments of KLModel. kl-16: MAR's released file. emoji-kl-*: ours, for 64-px pictures on CPUs; `calibrate` sets their scale.
 SIZES: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.layers.conv import group_norm
 from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
-from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer, with_bookkeeping
+from vgen.tokenizers_vis.latents.quantizers import Quantized, VectorQuantizer, with_bookkeeping
 
 # Keyword arguments of MaskGITVQGAN. f16-1024: the released file. emoji-f8: ours, for 64-px pictures on CPUs.
 SIZES: dict[str, dict[str, Any]] = {

@@ -19,14 +19,14 @@ TOKENIZERS = {
     "taming_vqgan": ("vgen.tokenizers_vis.taming_vqgan", "TamingVQGAN"),
     "chameleon_vqgan": ("vgen.tokenizers_vis.chameleon", "ChameleonVQGAN"),
     "maskgit_vqgan": ("vgen.tokenizers_vis.maskgit_vqgan", "MaskGITVQGAN"),
-    "titok_vq": ("vgen.tokenizers_vis.titok", "TiTokVQ"),
-    "titok_vae": ("vgen.tokenizers_vis.titok", "TiTokVAE"),
-    "titok_legacy": ("vgen.tokenizers_vis.titok_legacy", "TiTokLegacy"),
+    "titok_vq": ("vgen.tokenizers_vis.titok.titok", "TiTokVQ"),
+    "titok_vae": ("vgen.tokenizers_vis.titok.titok", "TiTokVAE"),
+    "titok_legacy": ("vgen.tokenizers_vis.titok.legacy", "TiTokLegacy"),
     "kl": ("vgen.tokenizers_vis.kl", "KLModel"),
     "tokenbridge": ("vgen.tokenizers_vis.tokenbridge", "TokenBridge"),
-    "mingtok": ("vgen.tokenizers_vis.mingtok", "MingTok"),
-    "flextok": ("vgen.tokenizers_vis.flextok", "FlexTok"),
-    "flextok_vae": ("vgen.tokenizers_vis.flextok_vae", "FlexTokVAE"),
+    "mingtok": ("vgen.tokenizers_vis.mingtok.mingtok", "MingTok"),
+    "flextok": ("vgen.tokenizers_vis.flextok.flextok", "FlexTok"),
+    "flextok_vae": ("vgen.tokenizers_vis.flextok.vae", "FlexTokVAE"),
 }
 
 # Tokenizers whose weights are in the package: name -> folder under vgen/assets/.

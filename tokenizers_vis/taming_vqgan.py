@@ -29,8 +29,8 @@ from vgen.layers.conv import Decoder, Encoder
 from vgen.layers.taming import rename_taming, taming_facts
 from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
+from vgen.tokenizers_vis.latents.quantizers import Quantized, with_bookkeeping
 from vgen.tokenizers_vis.maskgit_vqgan import Codebook
-from vgen.tokenizers_vis.quantizers import Quantized, with_bookkeeping
 
 # Keyword arguments of TamingVQGAN, after the configs in the repository: ddconfig, n_embed and embed_dim. attn_resolutions [16] of
 # 256 px is the coarsest of five levels, [32] the coarsest of four.

@@ -22,7 +22,7 @@ from torch import Tensor
 from vgen.errors import VgenError, nearest
 from vgen.samplers.types import Grid
 from vgen.tokenizers_vis.base import check_tokens
-from vgen.tokenizers_vis.dimensionwise import DimensionwiseQuantizer
+from vgen.tokenizers_vis.latents.dimensionwise import DimensionwiseQuantizer
 from vgen.tokenizers_vis.registry import TOKENIZERS, tokenizer_class
 
 # Keyword arguments of TokenBridge. kl-16-6bit: the tokenizer of both published generators.

@@ -21,7 +21,7 @@ from vgen.errors import VgenError
 from vgen.layers.conv import Decoder, Encoder
 from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
-from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer, with_bookkeeping
+from vgen.tokenizers_vis.latents.quantizers import Quantized, VectorQuantizer, with_bookkeeping
 
 # Keyword arguments of VQModel. vq-16 and vq-8: LlamaGen, table 8 and its released files. emoji-*: ours, for 64-px pictures on CPUs.
 SIZES: dict[str, dict[str, Any]] = {

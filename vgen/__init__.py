@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 # public name -> module; loaded on first use (PEP 562), so that `import vgen` costs nothing
 _LAZY = {
     "AnyOrderModel": "vgen.models.anyorder",
-    "Vocabulary": "vgen.models.vocabulary",
+    "Vocabulary": "vgen.models.conditions.vocabulary",
     "VQModel": "vgen.tokenizers_vis.vq",
     "VisualPipeline": "vgen.pipelines.pipeline",
     "UnifiedPipeline": "vgen.pipelines.unified",
@@ -30,7 +30,7 @@ __all__ = ["__version__", *_LAZY]
 if TYPE_CHECKING:
     from vgen.errors import VgenError
     from vgen.models.anyorder import AnyOrderModel
-    from vgen.models.vocabulary import Vocabulary
+    from vgen.models.conditions.vocabulary import Vocabulary
     from vgen.pipelines.pipeline import VisualPipeline
     from vgen.pipelines.unified import UnifiedPipeline
     from vgen.samplers.choice import DiffusionChoice, FlowChoice, TokenChoice

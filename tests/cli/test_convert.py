@@ -22,7 +22,7 @@ COMMON = "version: 1\npaper: none\nnesting: model\ncode_licence: MIT\nweights_li
 
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
-    from vgen.models.llamagen import LlamaGenModel
+    from vgen.models.llama.llamagen import LlamaGenModel
 
     folder, files = tmp_path / "registry", tmp_path / "files"
     folder.mkdir()

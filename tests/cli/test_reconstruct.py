@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from vgen.cli.main import main
-from vgen.tokenizers_vis.flextok import FlexTok
+from vgen.tokenizers_vis.flextok.flextok import FlexTok
 from vgen.tokenizers_vis.kl import KLModel
 from vgen.tokenizers_vis.vq import VQModel
 

@@ -5,10 +5,11 @@ import torch
 
 from vgen.cli.main import main
 from vgen.convert import published as registry
-from vgen.convert.load import GENERATORS, load_published
+from vgen.convert.load import load_published
 from vgen.convert.published import published
 from vgen.errors import VgenError
-from vgen.models.llamagen import LlamaGenModel
+from vgen.models.llama.llamagen import LlamaGenModel
+from vgen.models.registry import GENERATORS
 from vgen.tokenizers_vis.registry import TOKENIZERS
 from vgen.tokenizers_vis.vq import VQModel
 

@@ -12,37 +12,37 @@ import torch
 from vgen.convert import published as registry
 from vgen.convert.published import find, locate, names, published
 from vgen.errors import VgenError
-from vgen.models.himar import LOW_STEPS, HiMAR
-from vgen.models.llamagen import LlamaGenModel
-from vgen.models.mar import MAR
-from vgen.models.maskgen import MaskGenVQ
-from vgen.models.maskgen_kl import MaskGenKL
-from vgen.models.maskgit import MaskGITUViT, MaskGITViT
-from vgen.models.mingunivision import MingUniVision
-from vgen.models.nar import NARModel
-from vgen.models.par import PARModel
-from vgen.models.rar import RARModel
-from vgen.models.tokenbridge import TokenBridgeGenerator
-from vgen.models.xar import XARModel
+from vgen.models.llama.llamagen import LlamaGenModel
+from vgen.models.llama.nar import NARModel
+from vgen.models.llama.par import PARModel
+from vgen.models.mar.himar import LOW_STEPS, HiMAR
+from vgen.models.mar.mar import MAR
+from vgen.models.mar.tokenbridge import TokenBridgeGenerator
+from vgen.models.masked.maskgen import MaskGenVQ
+from vgen.models.masked.maskgen_kl import MaskGenKL
+from vgen.models.masked.maskgit import MaskGITUViT, MaskGITViT
+from vgen.models.ming.mingunivision import MingUniVision
+from vgen.models.rar.rar import RARModel
+from vgen.models.xar.xar import XARModel
 from vgen.samplers.choice import FlowChoice, token_choice
 from vgen.samplers.diffusion import GaussianDiffusion
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.orders import make_order
-from vgen.tokenizers_vis.flextok import SIZES as FLEXTOK_SIZES
-from vgen.tokenizers_vis.flextok import FlexTok
-from vgen.tokenizers_vis.flextok_vae import SIZES as FLEXTOK_VAE_SIZES
-from vgen.tokenizers_vis.flextok_vae import FlexTokVAE
+from vgen.tokenizers_vis.flextok.flextok import SIZES as FLEXTOK_SIZES
+from vgen.tokenizers_vis.flextok.flextok import FlexTok
+from vgen.tokenizers_vis.flextok.vae import SIZES as FLEXTOK_VAE_SIZES
+from vgen.tokenizers_vis.flextok.vae import FlexTokVAE
 from vgen.tokenizers_vis.kl import SIZES as KL_SIZES
 from vgen.tokenizers_vis.kl import KLModel
 from vgen.tokenizers_vis.maskgit_vqgan import SIZES as MASKGIT_SIZES
 from vgen.tokenizers_vis.maskgit_vqgan import MaskGITVQGAN
-from vgen.tokenizers_vis.mingtok import SIZES as MINGTOK_SIZES
-from vgen.tokenizers_vis.mingtok import MingTok
-from vgen.tokenizers_vis.titok import VAE_SIZES as TITOK_VAE_SIZES
-from vgen.tokenizers_vis.titok import VQ_SIZES as TITOK_VQ_SIZES
-from vgen.tokenizers_vis.titok import TiTokVAE, TiTokVQ
-from vgen.tokenizers_vis.titok_legacy import SIZES as TITOK_LEGACY_SIZES
-from vgen.tokenizers_vis.titok_legacy import TiTokLegacy
+from vgen.tokenizers_vis.mingtok.mingtok import SIZES as MINGTOK_SIZES
+from vgen.tokenizers_vis.mingtok.mingtok import MingTok
+from vgen.tokenizers_vis.titok.legacy import SIZES as TITOK_LEGACY_SIZES
+from vgen.tokenizers_vis.titok.legacy import TiTokLegacy
+from vgen.tokenizers_vis.titok.titok import VAE_SIZES as TITOK_VAE_SIZES
+from vgen.tokenizers_vis.titok.titok import VQ_SIZES as TITOK_VQ_SIZES
+from vgen.tokenizers_vis.titok.titok import TiTokVAE, TiTokVQ
 from vgen.tokenizers_vis.tokenbridge import SIZES as TOKENBRIDGE_SIZES
 from vgen.tokenizers_vis.tokenbridge import TokenBridge
 from vgen.tokenizers_vis.vq import SIZES as VQ_SIZES

@@ -5,7 +5,7 @@ import torch
 
 from vgen.errors import VgenError
 from vgen.models.anyorder import SIZES, AnyOrderModel, size_config
-from vgen.models.vocabulary import Vocabulary
+from vgen.models.conditions.vocabulary import Vocabulary
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree

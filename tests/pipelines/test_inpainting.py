@@ -13,7 +13,7 @@ from PIL import Image
 from vgen.errors import VgenError
 from vgen.layers.pictures import ORIENTATION
 from vgen.layers.pixels import to_images
-from vgen.models.mar import MAR
+from vgen.models.mar.mar import MAR
 from vgen.pipelines.inpainting import Painting, read_painting
 from vgen.pipelines.masks import read_mask
 from vgen.pipelines.visual import VisualPipeline

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from vgen.errors import VgenError
-from vgen.models.mar import MAR
+from vgen.models.mar.mar import MAR
 from vgen.pipelines.inpainting import Painting
 from vgen.pipelines.visual import VisualPipeline
 from vgen.tokenizers_vis.kl import KLModel

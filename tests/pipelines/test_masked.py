@@ -5,12 +5,12 @@ import torch
 from PIL import Image
 
 from vgen.errors import VgenError
-from vgen.models.clip_text import ClipFeatures
-from vgen.models.maskgen import MaskGenVQ
-from vgen.models.maskgen_kl import MaskGenKL
-from vgen.models.maskgit import MaskGITViT
+from vgen.models.conditions.clip import ClipFeatures
+from vgen.models.masked.maskgen import MaskGenVQ
+from vgen.models.masked.maskgen_kl import MaskGenKL
+from vgen.models.masked.maskgit import MaskGITViT
 from vgen.pipelines.visual import VisualPipeline
-from vgen.tokenizers_vis.titok import TiTokVAE, TiTokVQ
+from vgen.tokenizers_vis.titok.titok import TiTokVAE, TiTokVQ
 
 SHAPES = {"image_size": 16, "encoder_patch_size": 8, "decoder_patch_size": 4, "num_tokens": 6}
 SHAPES |= {"encoder_shape": (16, 1, 2), "decoder_shape": (16, 1, 2), "channels": 4}

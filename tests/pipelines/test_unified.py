@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from models.ming_tiny import TINY, published_state, tiny, word_tokenizer
+from models.ming.ming_tiny import TINY, published_state, tiny, word_tokenizer
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -13,7 +13,7 @@ from vgen.convert import published as registry
 from vgen.convert.load import load_published
 from vgen.convert.published import published
 from vgen.errors import VgenError
-from vgen.models.ming_prompts import Reply
+from vgen.models.ming.prompts import Reply
 from vgen.pipelines.unified import UnifiedPipeline
 from vgen.pipelines.visual import VisualPipeline
 

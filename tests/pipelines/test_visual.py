@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from vgen.errors import VgenError
-from vgen.models.flexar import FlexARModel
+from vgen.models.flexar.flexar import FlexARModel
 from vgen.pipelines.visual import VisualPipeline
-from vgen.tokenizers_vis.flextok import FlexTok
+from vgen.tokenizers_vis.flextok.flextok import FlexTok
 
 
 def pixels(images):

@@ -1,12 +1,14 @@
 """xAR through the pipeline: solvers, entities, scales, continued pictures, saving."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 
 from vgen.errors import VgenError
-from vgen.models.xar import XARModel
-from vgen.pipelines.visual import VisualPipeline
+from vgen.models.xar.xar import XARModel
+from vgen.pipelines.visual import Sampler, VisualPipeline
 from vgen.tokenizers_vis.kl import KLModel
 
 LATENTS = {"ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "latent_channels": 3, "num_groups": 4}
@@ -36,6 +38,19 @@ def test_pictures_of_any_entities(entities, calls, tmp_path):
         again(class_labels=[0, 4], num_images=2, seed=1, batch_size=1).tokens, made.tokens, atol=1e-4, rtol=1e-4
     )
     assert pipe(class_labels=1, substeps=5).stats.calls == 5 * calls
+
+
+def test_a_folder_from_before_the_modules_moved_opens(tmp_path):
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    today = json.loads(index.read_text())
+    index.write_text(json.dumps({**today, "model": ["vgen.models.xar", "XARModel"]}))
+    for kind in (VisualPipeline, Sampler):
+        again = kind.open(tmp_path)
+        assert type(again.model) is XARModel and again.settings == pipe.settings
+        for name, weight in pipe.model.state_dict().items():
+            assert torch.equal(again.model.state_dict()[name], weight), name
 
 
 def test_the_lower_half_may_be_made_anew():

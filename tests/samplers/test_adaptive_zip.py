@@ -5,7 +5,7 @@ import torch
 
 from vgen.errors import VgenError
 from vgen.models.anyorder import AnyOrderModel
-from vgen.models.llamagen import LlamaGenModel
+from vgen.models.llama.llamagen import LlamaGenModel
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree

@@ -9,12 +9,12 @@ import torch
 from conftest import assert_same_weights
 
 from vgen.errors import VgenError
-from vgen.tokenizers_vis.dimensionwise import DimensionwiseQuantizer
-from vgen.tokenizers_vis.flextok_vae import FlexTokVAE
+from vgen.tokenizers_vis.flextok.vae import FlexTokVAE
 from vgen.tokenizers_vis.kl import KLModel
-from vgen.tokenizers_vis.mingtok import MingTok
+from vgen.tokenizers_vis.latents.dimensionwise import DimensionwiseQuantizer
+from vgen.tokenizers_vis.mingtok.mingtok import MingTok
 from vgen.tokenizers_vis.registry import open_tokenizer
-from vgen.tokenizers_vis.titok import TiTokVAE
+from vgen.tokenizers_vis.titok.titok import TiTokVAE
 from vgen.tokenizers_vis.tokenbridge import TokenBridge
 from vgen.tokenizers_vis.vq import VQModel
 

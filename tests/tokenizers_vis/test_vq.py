@@ -10,9 +10,9 @@ from diffusers import ModelMixin
 
 from vgen.errors import VgenError
 from vgen.tokenizers_vis import vq
-from vgen.tokenizers_vis.losses import VQLoss
-from vgen.tokenizers_vis.patchgan import PatchDiscriminator
-from vgen.tokenizers_vis.perceptual import PyramidLoss
+from vgen.tokenizers_vis.losses.objectives import VQLoss
+from vgen.tokenizers_vis.losses.patchgan import PatchDiscriminator
+from vgen.tokenizers_vis.losses.perceptual import PyramidLoss
 from vgen.tokenizers_vis.vq import SIZES, VQModel
 
 TINY = {

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from vgen.cli.main import main
+from vgen.data import caching
+from vgen.data.caching import cache_tokens
 from vgen.data.dataset import open_images
 from vgen.data.token_splits import FILE, check_together
 from vgen.data.tokens import TokenDataset, write_tokens
 from vgen.errors import VgenError
 from vgen.tokenizers_vis.vq import VQModel
-from vgen.train import caching
-from vgen.train.caching import cache_tokens
 
 
 @pytest.fixture

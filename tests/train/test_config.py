@@ -6,9 +6,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vgen import yaml12
 from vgen.errors import VgenError
-from vgen.train import yaml12
-from vgen.train.config import check_common, differences, merge, parse_overrides, read_yaml, save_config, to_dict
+from vgen.settings import merge, parse_overrides, read_yaml, save_config, to_dict
+from vgen.train.config import check_common, differences
 from vgen.train.system import SYSTEMS, load_config, system_module
 
 CONFIGS = sorted(

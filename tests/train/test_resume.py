@@ -17,8 +17,8 @@ from train.test_loop import config_of, final_state
 
 from vgen.errors import VgenError
 from vgen.files import sole_user
+from vgen.settings import save_config
 from vgen.train.checkpoint import checkpoints, load_optimizer_state, optimizer_state
-from vgen.train.config import save_config
 from vgen.train.loop import Trainer, train
 
 tiny = test_loop.tiny

@@ -9,9 +9,9 @@ import yaml
 from vgen.cli.main import main
 from vgen.data.tokens import TokenDataset, write_tokens
 from vgen.errors import VgenError
-from vgen.models.vocabulary import Vocabulary
+from vgen.models.conditions.vocabulary import Vocabulary
 from vgen.pipelines.visual import VisualPipeline
-from vgen.tokenizers_vis.flextok import FlexTok
+from vgen.tokenizers_vis.flextok.flextok import FlexTok
 from vgen.tokenizers_vis.kl import KLModel
 from vgen.train.loop import Trainer, train
 from vgen.train.system import load_config

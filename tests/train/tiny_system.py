@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from vgen.train.config import OptimizerConfig, TrainConfig, require_share
+from vgen.settings import require_share
+from vgen.train.config import OptimizerConfig, TrainConfig
 from vgen.train.system import Loss
 
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from vgen.errors import VgenError
-from vgen.tokenizers_vis.flextok import FlexTok
+from vgen.tokenizers_vis.flextok.flextok import FlexTok
 from vgen.viz.strips import reconstruct
 
 

@@ -235,6 +235,6 @@ def _size_of(path: Path) -> int | None:
 
 
 def _lpips(vgg: Path, heads: Path):
-    from vgen.tokenizers_vis.perceptual import LPIPS
+    from vgen.tokenizers_vis.losses.perceptual import LPIPS
 
     return LPIPS.from_files(vgg, heads).eval()

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     """Caches every split and prints code usage and round-trip PSNR."""
     import torch
 
-    from vgen.train.caching import cache_tokens
+    from vgen.data.caching import cache_tokens
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -22,7 +22,7 @@ time_limit_minutes, 2 for bad input: `vgen train … && vgen tokenize …` goes 
 def check(args: argparse.Namespace) -> None:
     """Refuses, before torch is imported, what no look at the data is needed for."""
     from vgen.files import check_folder
-    from vgen.train.config import parse_overrides, read_yaml
+    from vgen.settings import parse_overrides, read_yaml
 
     read_yaml(args.config)
     parse_overrides(args.overrides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,30 +13,12 @@ from vgen.checkpoints import read_state_dict
 from vgen.convert.published import Published, locate, names, published
 from vgen.errors import VgenError
 from vgen.layers.taming import taming_facts
+from vgen.models.registry import GENERATORS, generator_class
 from vgen.pipelines.visual import VisualPipeline
 from vgen.tokenizers_vis.kl import KLModel
 from vgen.tokenizers_vis.registry import tokenizer_class
 from vgen.tokenizers_vis.taming_vqgan import TamingVQGAN, weights_file
 
-# family -> (module, class). Classes have `from_original(path, config)` and `size_config(size)`; those that take text have
-# `read_words(paths)` for what makes conditions of it.
-GENERATORS = {
-    "llamagen": ("vgen.models.llamagen", "LlamaGenModel"),
-    "par": ("vgen.models.par", "PARModel"),
-    "nar": ("vgen.models.nar", "NARModel"),
-    "rar": ("vgen.models.rar", "RARModel"),
-    "flexar": ("vgen.models.flexar", "FlexARModel"),
-    "lumina": ("vgen.models.lumina", "LuminaModel"),
-    "mar": ("vgen.models.mar", "MAR"),
-    "himar": ("vgen.models.himar", "HiMAR"),
-    "xar": ("vgen.models.xar", "XARModel"),
-    "mingunivision": ("vgen.models.mingunivision", "MingUniVision"),
-    "maskgit_vit": ("vgen.models.maskgit", "MaskGITViT"),
-    "maskgit_uvit": ("vgen.models.maskgit", "MaskGITUViT"),
-    "maskgen_vq": ("vgen.models.maskgen", "MaskGenVQ"),
-    "maskgen_kl": ("vgen.models.maskgen_kl", "MaskGenKL"),
-    "tokenbridge_generator": ("vgen.models.tokenbridge", "TokenBridgeGenerator"),
-}
 REPORTED = ("precision", "calls")  # what an entry says about its sampling that is no setting of a pipeline
 
 
@@ -58,7 +39,7 @@ def load_published(name: str, checkpoint_dir: str | Path | None = None) -> Visua
             f"{name} is listed, but vgen has no {entry.family} model yet; families: {', '.join(GENERATORS)}"
         )
     paths = locate(name, checkpoint_dir)
-    model = _generator_class(entry).from_original(paths["model"], generator_config(entry))
+    model = generator_class(entry.family).from_original(paths["model"], generator_config(entry))
     if entry.tokenizer is None:
         tokenizer = model.vision  # a unified model's file holds its tokenizer
     else:
@@ -100,9 +81,4 @@ def _tokenizer(entry: Published, path: Path, options: Mapping[str, Any] | None =
 
 def generator_config(entry: Published) -> dict[str, Any]:
     """Constructor arguments of a generator: its size, updated by the options of its file."""
-    return {**_generator_class(entry).size_config(entry.size), **entry.options}
-
-
-def _generator_class(entry: Published) -> Any:
-    module, name = GENERATORS[entry.family]
-    return getattr(importlib.import_module(module), name)
+    return {**generator_class(entry.family).size_config(entry.size), **entry.options}

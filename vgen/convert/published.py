@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from vgen.errors import VgenError, first_line, nearest
-from vgen.train.config import merge, read_yaml
+from vgen.settings import merge, read_yaml
 
 HERE = Path(__file__).resolve()
 FOLDERS = (HERE.parents[1] / "published", HERE.parents[2] / "configs" / "published")  # installed; a checkout

@@ -13,9 +13,9 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from vgen.errors import VgenError
+from vgen.metrics import WINDOW, psnr, ssim
 from vgen.samplers.types import grid_size
 from vgen.tokenizers_vis.base import TokenSpec, decode_each, encode_each, to_uint8
-from vgen.train.metrics import WINDOW, psnr, ssim
 
 PIXEL_BITS = 24  # an RGB pixel of 8 bits a channel
 FLOAT_BITS = 16  # a float of a continuous token, stored in half precision

@@ -29,7 +29,7 @@ from vgen.layers.cache import KVCache
 from vgen.layers.mmrope import rope_tables, rotate, text_positions, visual_positions
 from vgen.layers.norm import RMSNorm
 from vgen.layers.transformer import Checkpointed, SwiGLU, init_transformer, llama_hidden, merge_heads, split_heads
-from vgen.models.vocabulary import SavesVocabulary, Vocabulary
+from vgen.models.conditions.vocabulary import SavesVocabulary, Vocabulary
 from vgen.samplers.orders import make_order
 from vgen.samplers.predictions import Logits
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Order, Step, as_grid, grid_coordinates, grid_size

@@ -10,30 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from vgen.errors import VgenError, nearest
+from vgen.models.registry import GENERATORS
 from vgen.saved import AGAIN, open_saved, read_json
 from vgen.tokenizers_vis.registry import TOKENIZERS
 
 # Modules whose classes a saved pipeline may hold. Only those that it names are imported, and a file cannot add to this:
 # what is not listed is refused before anything is imported.
-COMPONENTS = (
-    "vgen.models.anyorder",
-    "vgen.models.dar",
-    "vgen.models.flexar",
-    "vgen.models.himar",
-    "vgen.models.llamagen",
-    "vgen.models.lumina",
-    "vgen.models.mar",
-    "vgen.models.maskgen",
-    "vgen.models.maskgen_kl",
-    "vgen.models.maskgit",
-    "vgen.models.mingunivision",
-    "vgen.models.nar",
-    "vgen.models.par",
-    "vgen.models.rar",
-    "vgen.models.tokenbridge",
-    "vgen.models.xar",
-    *dict.fromkeys(module for module, _ in TOKENIZERS.values()),
-)
+COMPONENTS = frozenset(module for module, _ in (*GENERATORS.values(), *TOKENIZERS.values()))
+# Where the modules were when vgen 0.1 wrote folders that still open.
+MOVED = {
+    "vgen.models.dar": "vgen.models.dar.dar",
+    "vgen.models.flexar": "vgen.models.flexar.flexar",
+    "vgen.models.himar": "vgen.models.mar.himar",
+    "vgen.models.llamagen": "vgen.models.llama.llamagen",
+    "vgen.models.lumina": "vgen.models.lumina.lumina",
+    "vgen.models.mar": "vgen.models.mar.mar",
+    "vgen.models.maskgen": "vgen.models.masked.maskgen",
+    "vgen.models.maskgen_kl": "vgen.models.masked.maskgen_kl",
+    "vgen.models.maskgit": "vgen.models.masked.maskgit",
+    "vgen.models.mingunivision": "vgen.models.ming.mingunivision",
+    "vgen.models.nar": "vgen.models.llama.nar",
+    "vgen.models.par": "vgen.models.llama.par",
+    "vgen.models.rar": "vgen.models.rar.rar",
+    "vgen.models.tokenbridge": "vgen.models.mar.tokenbridge",
+    "vgen.models.xar": "vgen.models.xar.xar",
+    "vgen.tokenizers_vis.flextok": "vgen.tokenizers_vis.flextok.flextok",
+    "vgen.tokenizers_vis.flextok_vae": "vgen.tokenizers_vis.flextok.vae",
+    "vgen.tokenizers_vis.mingtok": "vgen.tokenizers_vis.mingtok.mingtok",
+    "vgen.tokenizers_vis.titok": "vgen.tokenizers_vis.titok.titok",
+    "vgen.tokenizers_vis.titok_legacy": "vgen.tokenizers_vis.titok.legacy",
+}
 SHIPPED = ("emoji",)  # pipelines whose weights are in the package, vgen/assets/
 ROLES = ("tokenizer", "model")
 INDEX = "model_index.json"
@@ -68,12 +74,19 @@ def component_names(index: dict[str, Any], source: str | Path) -> dict[str, tupl
         entry = index.get(role)
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
             raise VgenError(f"{source} names no {role} as [module, class], found {entry!r}; {AGAIN}")
-        if entry[0] not in COMPONENTS:
+        module = MOVED.get(entry[0], entry[0])
+        if module not in COMPONENTS:
             raise VgenError(
                 f"{source} wants the {role} from {entry[0]}, which is no module of vgen's models; vgen loads no code that a file names"
             )
-        names[role] = (entry[0], entry[1])
+        names[role] = (module, entry[1])
     return names
+
+
+def names_moved_modules(folder: str | Path) -> bool:
+    """Whether the index in `folder` was written when a module that it names lay elsewhere (MOVED)."""
+    index = read_index(folder)
+    return any(index[role][0] in MOVED for role in ROLES)
 
 
 def component_class(module: str, name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from vgen.errors import VgenError, first_line
-from vgen.pipelines.components import parts_of, shipped_folder
+from vgen.pipelines.components import names_moved_modules, parts_of, shipped_folder
 from vgen.pipelines.visual import Sampler
 
 
@@ -29,7 +29,9 @@ class VisualPipeline(DiffusionPipeline, Sampler):
         known = inspect.signature(cls.__init__).parameters
         options = {name: value for name, value in kwargs.items() if name not in known}
         given = {name: value for name, value in kwargs.items() if name in known}
-        _, parts = parts_of(source, cls, given, **options)
+        settings, parts = parts_of(source, cls, given, **options)
+        if names_moved_modules(source):  # diffusers would look for its classes where they no longer are
+            return cls(**{**settings, **given, **parts})
         return super().from_pretrained(source, **{**kwargs, **parts})
 
     @classmethod

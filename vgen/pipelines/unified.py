@@ -15,8 +15,9 @@ from vgen.errors import VgenError
 from vgen.layers.pictures import Picture as AnyPicture
 from vgen.layers.pictures import open_picture
 from vgen.layers.pixels import to_images
-from vgen.models.ming_dialogue import LIMIT, Context, Picture, Settings, Word, answer
-from vgen.models.ming_prompts import (
+from vgen.models.ming.dialogue import LIMIT, Context, Picture, Settings, Word, answer
+from vgen.models.ming.mingunivision import MingUniVision
+from vgen.models.ming.prompts import (
     FIND_REGION,
     GENERATE,
     REFINE,
@@ -25,7 +26,6 @@ from vgen.models.ming_prompts import (
     for_understanding,
     load_picture,
 )
-from vgen.models.mingunivision import MingUniVision
 from vgen.samplers.choice import FlowChoice, TokenChoice
 from vgen.samplers.guidance import TextImageGuidance
 from vgen.samplers.noise import LARGEST, PhiloxNoise

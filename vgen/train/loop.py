@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vgen.errors import VgenError
 from vgen.files import atomic_folder, atomic_path, check_folder, sole_user
+from vgen.settings import merge, read_yaml, save_config, to_dict, to_yaml
 from vgen.train.checkpoint import (
     Checkpoint,
     Trainee,
@@ -39,7 +40,7 @@ from vgen.train.checkpoint import (
     whole,
     whole_weights,
 )
-from vgen.train.config import TrainConfig, differences, merge, read_yaml, save_config, to_dict, to_yaml
+from vgen.train.config import TrainConfig, differences, todays_words
 from vgen.train.log import RunLog
 from vgen.train.optim import Average, learning_rate, make_optimizers
 from vgen.train.precision import MIXED, SLOWER, bf16_reason, has_bf16, resolved
@@ -482,7 +483,7 @@ def _check_same_run(path: Path, config: TrainConfig, allow_changes: bool) -> Non
     if allow_changes:
         return
     # Merged onto today's defaults: a setting that vgen gained since then is no difference.
-    changed = differences(to_dict(merge(type(config), saved)), to_dict(config))
+    changed = differences(to_dict(merge(type(config), todays_words(saved))), to_dict(config))
     if changed:
         raise VgenError(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}); choose another out= folder, delete it, "

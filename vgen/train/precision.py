@@ -10,7 +10,7 @@ import platform
 
 import torch
 
-from vgen.train.config import C
+from vgen.settings import C
 
 MIXED = {"fp32": "no", "bf16": "bf16"}  # precision of a config -> accelerate's name
 SLOWER = "on a CPU without them bf16 was 2.4 to 3.2 times slower than fp32"

@@ -18,28 +18,29 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from vgen.errors import VgenError, nearest
-from vgen.train.config import OptimizerConfig, TrainConfig, check_common, merge, parse_overrides, read_yaml
+from vgen.settings import merge, parse_overrides, read_yaml
+from vgen.train.config import OptimizerConfig, TrainConfig, check_common, todays_words
 from vgen.train.precision import resolved
 
 SYSTEMS = {
-    "tokenizer": "vgen.train.tokenizer",
-    "vq_tokenizer": "vgen.train.tokenizer",  # its name before it trained other families
-    "titok_proxy": "vgen.train.titok_proxy",
-    "flextok": "vgen.train.flextok",
-    "mingtok": "vgen.train.mingtok",
-    "anyorder": "vgen.train.anyorder",
-    "llamagen": "vgen.train.llamagen",
-    "par": "vgen.train.par",
-    "nar": "vgen.train.nar",
-    "dar": "vgen.train.dar",
-    "rar": "vgen.train.rar",
-    "mar": "vgen.train.mar",
-    "himar": "vgen.train.himar",
-    "xar": "vgen.train.xar",
-    "maskgit": "vgen.train.maskgit",
-    "maskgen": "vgen.train.maskgen",
-    "flexar": "vgen.train.flexar",
-    "tokenbridge": "vgen.train.tokenbridge",
+    "tokenizer": "vgen.train.systems.tokenizer",
+    "vq_tokenizer": "vgen.train.systems.tokenizer",  # its name before it trained other families
+    "titok_proxy": "vgen.train.systems.titok_proxy",
+    "flextok": "vgen.train.systems.flextok",
+    "mingtok": "vgen.train.systems.mingtok",
+    "anyorder": "vgen.train.systems.anyorder",
+    "llamagen": "vgen.train.systems.llamagen",
+    "par": "vgen.train.systems.par",
+    "nar": "vgen.train.systems.nar",
+    "dar": "vgen.train.systems.dar",
+    "rar": "vgen.train.systems.rar",
+    "mar": "vgen.train.systems.mar",
+    "himar": "vgen.train.systems.himar",
+    "xar": "vgen.train.systems.xar",
+    "maskgit": "vgen.train.systems.maskgit",
+    "maskgen": "vgen.train.systems.maskgen",
+    "flexar": "vgen.train.systems.flexar",
+    "tokenbridge": "vgen.train.systems.tokenbridge",
 }
 
 
@@ -101,7 +102,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     if name is None:
         raise VgenError(f"{path} names no system; add `system:` with one of {', '.join(SYSTEMS)}")
     module = system_module(name)
-    config = merge(module.Config, file, changes)
+    config = merge(module.Config, todays_words(file), todays_words(changes))
     check_common(config)
     module.check(config)
     return config

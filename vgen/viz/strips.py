@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from vgen.layers.pixels import centre_square, to_images, to_pixels
-from vgen.tokenizers_vis.flextok import FlexTok, token_counts
+from vgen.tokenizers_vis.flextok.flextok import FlexTok, token_counts
 from vgen.viz.sheets import sheet
 
 

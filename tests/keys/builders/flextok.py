@@ -1,7 +1,7 @@
 """FlexTok and the VAEs published beside it."""
 
-from vgen.tokenizers_vis.flextok import FlexTok
-from vgen.tokenizers_vis.flextok_vae import FlexTokVAE
+from vgen.tokenizers_vis.flextok.flextok import FlexTok
+from vgen.tokenizers_vis.flextok.vae import FlexTokVAE
 
 BUILDERS = {
     **{f"flextok-{size}": (lambda size=size: FlexTok.of_size(size)) for size in ("d12-d12", "d18-d18", "d18-d28")},

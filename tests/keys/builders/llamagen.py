@@ -1,9 +1,9 @@
 """LlamaGen, PAR, NAR: generators, tokenizers, discriminator."""
 
-from vgen.models.llamagen import LlamaGenModel
-from vgen.models.nar import NARModel
-from vgen.models.par import PARModel
-from vgen.tokenizers_vis.patchgan import PatchDiscriminator
+from vgen.models.llama.llamagen import LlamaGenModel
+from vgen.models.llama.nar import NARModel
+from vgen.models.llama.par import PARModel
+from vgen.tokenizers_vis.losses.patchgan import PatchDiscriminator
 from vgen.tokenizers_vis.vq import VQModel
 
 BUILDERS = {

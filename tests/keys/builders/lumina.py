@@ -1,7 +1,7 @@
 """Lumina-mGPT's transformer, and Chameleon's VQGAN under taming's names."""
 
 from vgen.layers.taming import rename_taming
-from vgen.models.lumina import LuminaModel
+from vgen.models.lumina.lumina import LuminaModel
 from vgen.tokenizers_vis.chameleon import ChameleonVQGAN
 
 BUILDERS = {

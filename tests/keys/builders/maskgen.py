@@ -1,7 +1,7 @@
 """MaskGen: VQ and KL."""
 
-from vgen.models.maskgen import MaskGenVQ
-from vgen.models.maskgen_kl import MaskGenKL
+from vgen.models.masked.maskgen import MaskGenVQ
+from vgen.models.masked.maskgen_kl import MaskGenKL
 
 BUILDERS = {
     f"maskgen-{kind}_{size.lower()}": (lambda model=model, size=size: model(**model.size_config(size)))

@@ -1,6 +1,6 @@
 """MaskGIT over TiTok tokens: both networks."""
 
-from vgen.models.maskgit import MaskGITUViT, MaskGITViT
+from vgen.models.masked.maskgit import MaskGITUViT, MaskGITViT
 
 BUILDERS = {
     f"maskgit-{size.lower().replace('-', '')}": (lambda model=model, size=size: model(**model.size_config(size)))

@@ -2,6 +2,6 @@
 
 from functools import partial
 
-from vgen.tokenizers_vis.mingtok import MingTok
+from vgen.tokenizers_vis.mingtok.mingtok import MingTok
 
 BUILDERS = {"mingtok-vision": partial(MingTok.of_size, "vision")}

@@ -1,6 +1,6 @@
 """RAR and the MaskGIT-VQGAN tokenizer."""
 
-from vgen.models.rar import SIZES, RARModel
+from vgen.models.rar.rar import SIZES, RARModel
 from vgen.tokenizers_vis.maskgit_vqgan import MaskGITVQGAN
 
 BUILDERS = {

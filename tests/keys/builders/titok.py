@@ -1,8 +1,8 @@
 """TiTok and TA-TiTok (the MaskGIT-VQGAN table is with RAR, whose tokenizer it is)."""
 
-from vgen.tokenizers_vis.titok import TiTokVAE, TiTokVQ
-from vgen.tokenizers_vis.titok_legacy import SIZES as LEGACY_SIZES
-from vgen.tokenizers_vis.titok_legacy import TiTokLegacy
+from vgen.tokenizers_vis.titok.legacy import SIZES as LEGACY_SIZES
+from vgen.tokenizers_vis.titok.legacy import TiTokLegacy
+from vgen.tokenizers_vis.titok.titok import TiTokVAE, TiTokVQ
 
 BUILDERS = {
     **{f"titok-{size}": (lambda size=size: TiTokLegacy.of_size(size)) for size in LEGACY_SIZES},

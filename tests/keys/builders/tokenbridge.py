@@ -1,6 +1,6 @@
 """TokenBridge's generators. The head's causal mask, which the files hold, is computed."""
 
-from vgen.models.tokenbridge import TokenBridgeGenerator, renamed
+from vgen.models.mar.tokenbridge import TokenBridgeGenerator, renamed
 
 NAMES = {"B": "base", "L": "large", "H": "huge"}
 BUILDERS = {

@@ -1,6 +1,6 @@
 """xAR. Its files also hold tables that the model computes."""
 
-from vgen.models.xar import SIZES, TABLES, XARModel
+from vgen.models.xar.xar import SIZES, TABLES, XARModel
 
 NAMES = {"B": "base", "L": "large", "H": "huge"}
 

@@ -3,7 +3,7 @@
 import torch
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
-from vgen.models.dar import DARModel
+from vgen.models.dar.dar import DARModel
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree

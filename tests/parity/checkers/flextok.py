@@ -20,10 +20,10 @@ from vgen.samplers.flow import (
     spread_draws,
 )
 from vgen.samplers.types import as_grid
-from vgen.tokenizers_vis.flextok import FlexTok
-from vgen.tokenizers_vis.flextok_nets import FlexTokDecoder, FlexTokEncoder
-from vgen.tokenizers_vis.flextok_vae import FlexTokVAE
-from vgen.tokenizers_vis.fsq import FiniteScalarQuantizer
+from vgen.tokenizers_vis.flextok.flextok import FlexTok
+from vgen.tokenizers_vis.flextok.nets import FlexTokDecoder, FlexTokEncoder
+from vgen.tokenizers_vis.flextok.vae import FlexTokVAE
+from vgen.tokenizers_vis.latents.fsq import FiniteScalarQuantizer
 
 GUIDED = 1e-3  # guidance multiplies rounding errors by its scale
 

@@ -6,8 +6,8 @@ import torch
 from parity.registry import Fixture, assert_close, assert_equal, checker
 from torch import Tensor
 
-from vgen.models.flexar import FlexARModel
-from vgen.models.flexar_text import prompt_condition
+from vgen.models.flexar.flexar import FlexARModel
+from vgen.models.flexar.text import prompt_condition
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree

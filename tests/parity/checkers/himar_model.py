@@ -9,8 +9,8 @@ from parity.checkers.mar_model import SCHEDULES, RunNoise, autoencoder_options, 
 from parity.checkers.maskgen import RecordedOrder
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
-from vgen.models.himar import DENSE, LOSS_WEIGHTS, LOW, LOW_STEPS, HiMAR
-from vgen.models.himar_head import GridDenoiser
+from vgen.models.mar.himar import DENSE, LOSS_WEIGHTS, LOW, LOW_STEPS, HiMAR
+from vgen.models.mar.himar_head import GridDenoiser
 from vgen.samplers.choice import DiffusionChoice, PhaseChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.diffusion import ancestral

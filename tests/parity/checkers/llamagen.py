@@ -11,10 +11,10 @@ from parity.registry import Fixture, assert_close, assert_equal, checker
 
 from vgen.checkpoints import load_exactly
 from vgen.tokenizers_vis.base import to_uint8
-from vgen.tokenizers_vis.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, VQLoss
-from vgen.tokenizers_vis.patchgan import PatchDiscriminator
-from vgen.tokenizers_vis.perceptual import LPIPS
-from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer
+from vgen.tokenizers_vis.latents.quantizers import Quantized, VectorQuantizer
+from vgen.tokenizers_vis.losses.objectives import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, VQLoss
+from vgen.tokenizers_vis.losses.patchgan import PatchDiscriminator
+from vgen.tokenizers_vis.losses.perceptual import LPIPS
 from vgen.tokenizers_vis.vq import VQModel
 
 

@@ -12,8 +12,8 @@ from vgen.kernels.choose_tokens import choose_tokens
 from vgen.layers.norm import RMSNorm
 from vgen.layers.rope2d import rope2d_table, rotate_pairs
 from vgen.layers.transformer import llama_hidden
-from vgen.models.llamagen import LlamaGenModel
-from vgen.models.text_condition import left_pad, text_condition
+from vgen.models.conditions.t5 import left_pad, text_condition
+from vgen.models.llama.llamagen import LlamaGenModel
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.noise import PhiloxNoise, TapeNoise

@@ -7,8 +7,8 @@ from parity.checkers.maskgen import RecordedOrder
 from parity.registry import Fixture, assert_close, assert_equal, checker
 from torch import nn
 
-from vgen.models.mar import MAR
-from vgen.models.mar_backbone import EPS, MaskedAutoencoder
+from vgen.models.mar.backbone import EPS, MaskedAutoencoder
+from vgen.models.mar.mar import MAR
 from vgen.samplers.choice import DiffusionChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.diffusion_loss import diffusion_terms

@@ -5,9 +5,9 @@ from einops import rearrange
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
 from vgen.layers.sinusoid import interleaved, sin_cos
-from vgen.models.masked import MASK_SCHEDULES, draw_mask, mask_share
-from vgen.models.maskgen import SCALE, MaskGenVQ
-from vgen.models.maskgen_kl import MaskGenKL
+from vgen.models.masked.base import MASK_SCHEDULES, draw_mask, mask_share
+from vgen.models.masked.maskgen import SCALE, MaskGenVQ
+from vgen.models.masked.maskgen_kl import MaskGenKL
 from vgen.samplers.choice import DiffusionChoice, token_choice
 from vgen.samplers.decode import decode
 from vgen.samplers.diffusion_loss import diffusion_terms
@@ -18,7 +18,7 @@ from vgen.samplers.orders.permuted import PermutedOrder
 from vgen.samplers.predictions import Diffusion
 from vgen.samplers.schedules import mar_sizes
 from vgen.samplers.types import Canvas, Condition, Step
-from vgen.tokenizers_vis.posterior import DiagonalGaussian
+from vgen.tokenizers_vis.latents.posterior import DiagonalGaussian
 
 
 def _options(tokenizer: dict, config: dict) -> dict:

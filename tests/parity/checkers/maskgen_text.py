@@ -2,7 +2,7 @@
 
 from parity.registry import Fixture, assert_close, checker
 
-from vgen.models.clip_text import ClipCaptions
+from vgen.models.conditions.clip import ClipCaptions
 
 
 @checker("maskgen.clip_text")

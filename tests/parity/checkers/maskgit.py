@@ -5,8 +5,8 @@ import re
 import torch
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
-from vgen.models.masked import draw_mask, masked_token_loss
-from vgen.models.maskgit import MaskGITUViT, MaskGITViT
+from vgen.models.masked.base import draw_mask, masked_token_loss
+from vgen.models.masked.maskgit import MaskGITUViT, MaskGITViT
 from vgen.samplers.choice import token_choice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree

@@ -7,9 +7,9 @@ from parity.registry import Fixture, assert_close, assert_equal, checker
 from PIL import Image
 from torch import Tensor
 
-from vgen.tokenizers_vis.mingtok import MingTok
-from vgen.tokenizers_vis.mingtok_losses import patch_loss, visible_patches
-from vgen.tokenizers_vis.mingtok_nets import patchify, subdivide, unpatchify
+from vgen.tokenizers_vis.mingtok.losses import patch_loss, visible_patches
+from vgen.tokenizers_vis.mingtok.mingtok import MingTok
+from vgen.tokenizers_vis.mingtok.nets import patchify, subdivide, unpatchify
 
 
 def mingtok_options(config: dict) -> dict:

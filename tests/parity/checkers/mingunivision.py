@@ -15,14 +15,14 @@ from torch import Tensor
 
 from vgen.checkpoints import load_exactly
 from vgen.layers.sinusoid import angles, cos_sin
-from vgen.models.heads import TIME_SCALE
-from vgen.models.ming_dialogue import Context, Picture, Settings, Word, answer
-from vgen.models.ming_files import granite_names
-from vgen.models.ming_flow_head import MingFlowHead
-from vgen.models.ming_guidance import COND, IMAGE, NULL, prompt_masks
-from vgen.models.ming_llm import MingLLM
-from vgen.models.ming_prompts import Prompt, for_editing, for_understanding, load_picture, loaded_size
-from vgen.models.mingunivision import MingUniVision
+from vgen.models.mar.heads import TIME_SCALE
+from vgen.models.ming.dialogue import Context, Picture, Settings, Word, answer
+from vgen.models.ming.files import granite_names
+from vgen.models.ming.flow_head import MingFlowHead
+from vgen.models.ming.guidance import COND, IMAGE, NULL, prompt_masks
+from vgen.models.ming.llm import MingLLM
+from vgen.models.ming.mingunivision import MingUniVision
+from vgen.models.ming.prompts import Prompt, for_editing, for_understanding, load_picture, loaded_size
 from vgen.samplers.choice import FlowChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, TextImageGuidance

@@ -7,8 +7,8 @@ from parity.checkers.llamagen_gpt import GUIDED, by_call, labels, options, run, 
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
 from vgen.layers.masks import step_causal_mask
-from vgen.models.nar import NARModel
-from vgen.models.text_condition import text_condition
+from vgen.models.conditions.t5 import text_condition
+from vgen.models.llama.nar import NARModel
 
 
 def _model(fixture: Fixture) -> NARModel:

@@ -7,7 +7,7 @@ from parity.checkers.llamagen_gpt import GUIDED, check_gradients, labels, option
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
 from vgen.layers.masks import group_visible, prefix_mask
-from vgen.models.par import PARModel
+from vgen.models.llama.par import PARModel
 
 
 @checker("par.gpt")

@@ -9,9 +9,9 @@ import torch
 from einops import rearrange
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
-from vgen.tokenizers_vis.posterior import DiagonalGaussian
-from vgen.tokenizers_vis.titok import TiTokVAE, TiTokVQ
-from vgen.tokenizers_vis.titok_legacy import TiTokLegacy, proxy_loss
+from vgen.tokenizers_vis.latents.posterior import DiagonalGaussian
+from vgen.tokenizers_vis.titok.legacy import TiTokLegacy, proxy_loss
+from vgen.tokenizers_vis.titok.titok import TiTokVAE, TiTokVQ
 
 
 def arguments(fixture: Fixture) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from parity.registry import Fixture, assert_close, assert_equal, checker
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly
-from vgen.tokenizers_vis.losses import VQLoss, WeightedKL
-from vgen.tokenizers_vis.online_clustering import OnlineClusteringQuantizer
-from vgen.tokenizers_vis.patchgan import BlurDiscriminator
-from vgen.tokenizers_vis.posterior import DiagonalGaussian
-from vgen.tokenizers_vis.quantizers import Quantized, VectorQuantizer
+from vgen.tokenizers_vis.latents.online_clustering import OnlineClusteringQuantizer
+from vgen.tokenizers_vis.latents.posterior import DiagonalGaussian
+from vgen.tokenizers_vis.latents.quantizers import Quantized, VectorQuantizer
+from vgen.tokenizers_vis.losses.objectives import VQLoss, WeightedKL
+from vgen.tokenizers_vis.losses.patchgan import BlurDiscriminator
 from vgen.train.optim import Average
 
 

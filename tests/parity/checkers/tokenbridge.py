@@ -8,8 +8,8 @@ from parity.checkers.mar_vae import kl_options
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
 from vgen.checkpoints import load_exactly
-from vgen.tokenizers_vis.dimensionwise import DimensionwiseQuantizer
 from vgen.tokenizers_vis.kl import KLModel
+from vgen.tokenizers_vis.latents.dimensionwise import DimensionwiseQuantizer
 
 
 @checker("tokenbridge.vae")

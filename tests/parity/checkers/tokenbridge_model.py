@@ -7,7 +7,7 @@ from einops import rearrange
 from parity.checkers.maskgen import RecordedOrder
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
-from vgen.models.tokenbridge import TokenBridgeGenerator
+from vgen.models.mar.tokenbridge import TokenBridgeGenerator
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree

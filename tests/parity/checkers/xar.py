@@ -5,8 +5,8 @@ from einops import rearrange
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
 from vgen.layers.rope2d import rotate_pairs
-from vgen.models.xar import XARModel, time_index
-from vgen.models.xar_entities import Layout, entity_order
+from vgen.models.xar.entities import Layout, entity_order
+from vgen.models.xar.xar import XARModel, time_index
 from vgen.samplers.choice import FlowChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.flow import even_times, logit_normal_times, sde_times

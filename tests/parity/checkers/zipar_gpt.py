@@ -6,8 +6,8 @@ import torch
 from parity.checkers.llamagen_gpt import GUIDED, by_call, labels, options, run, sampling
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
-from vgen.models.llamagen import LlamaGenModel
-from vgen.models.text_condition import text_condition
+from vgen.models.conditions.t5 import text_condition
+from vgen.models.llama.llamagen import LlamaGenModel
 from vgen.samplers.orders import make_order
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
-from vgen.models.lumina import LuminaModel
+from vgen.models.lumina.lumina import LuminaModel
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree

@@ -1,0 +1,63 @@
+"""The pictures that tokenizers train on: splits, a held-out part, and what is said about them."""
+
+import pytest
+from PIL import Image
+
+from vgen.errors import VgenError
+from vgen.train.systems.pictures import DataConfig, check_data, open_pictures
+
+
+@pytest.fixture
+def undivided(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "all" / name / f"{number}.png")
+    (tmp_path / "all/cat/0.txt").write_bytes(b"caf\xe9")
+    return tmp_path / "all"
+
+
+@pytest.mark.parametrize(("held_out", "count"), [(None, 2), ("6", 6), ("50%", None)])
+def test_an_undivided_folder_trains_and_says_what_it_holds_out(undivided, capsys, held_out, count):
+    data = DataConfig(path=str(undivided), size=8, held_out=held_out)
+    check_data(data)
+    train, plain = open_pictures(data, seed=0)
+    assert len(train) + len(plain) == 19 and not set(train.keys) & set(plain.keys)
+    assert len(plain) == count if count else 4 < len(plain) < 15
+    assert (
+        train.augment is not None and plain.augment is None and train.class_names == plain.class_names == ("cat", "dog")
+    )
+    said = capsys.readouterr().err
+    assert f"no split heldout in the data: {held_out or '5%'} of the pictures are held out" in said
+    assert "1 skipped: text that is not UTF-8, such as cat/0.png" in said and f"heldout: {len(plain)} picture" in said
+
+
+def test_splits_that_do_not_exist_are_refused_before_anything_is_read(undivided, tmp_path):
+    (tmp_path / "divided").mkdir()
+    for name in ("train", "val"):
+        (undivided / {"train": "cat", "val": "dog"}[name]).rename(tmp_path / "divided" / name)
+    path = str(tmp_path / "divided")
+    with pytest.raises(VgenError, match=r"config: data\.held_out_split: .* has no split 'heldout': found train, val"):
+        check_data(DataConfig(path=path))
+    with pytest.raises(
+        VgenError, match=r"config: data\.train_split: .* has no split 'trian': found train, val \(did you"
+    ):
+        check_data(DataConfig(path=path, train_split="trian"))
+    check_data(DataConfig(path=path, held_out_split="Val"))
+    check_data(DataConfig(path=path, held_out="3"))
+    with pytest.raises(VgenError, match="a share such as 5%"):
+        check_data(DataConfig(path=path, held_out="some"))
+    with pytest.raises(VgenError, match="does not exist"):
+        check_data(DataConfig(path=f"{path}/nowhere"))
+
+
+def test_patterns_and_ranges_of_shards_train(tmp_path):
+    from vgen.data.shards import write_shard
+
+    for split in ("train", "val"):
+        image = tmp_path / "x.png"
+        Image.new("RGB", (8, 8)).save(image)
+        write_shard(tmp_path / f"set-{split}-0.tar", [(f"{n}", {"png": image.read_bytes()}) for n in range(4)])
+    data = DataConfig(path=f"{tmp_path}/set-{{train,val}}-0.tar", size=8, held_out_split="val")
+    check_data(data)
+    assert [len(part) for part in open_pictures(data, seed=0)] == [4, 4]

@@ -1,0 +1,1 @@
+"""FlexTok: a picture as 1 to 256 ordered tokens, from coarse to fine."""

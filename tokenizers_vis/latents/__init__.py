@@ -1,0 +1,1 @@
+"""What stands between an encoder and a decoder: codebooks, scalar quantizers, Gaussian posteriors."""

@@ -1,0 +1,1 @@
+"""What tokenizers are trained with: reconstruction, perceptual distances, discriminators, alignment."""

@@ -1,0 +1,1 @@
+"""MingTok: one continuous tokenizer for generation and understanding."""

@@ -1,0 +1,1 @@
+"""DAR: one token a call along a zig-zag of diagonals."""

@@ -1,0 +1,1 @@
+"""FlexAR: a causal transformer over FlexTok's tokens, from coarse to fine."""

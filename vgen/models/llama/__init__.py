@@ -1,0 +1,1 @@
+"""LlamaGen, PAR and NAR: Llama blocks over the tokens of a picture."""

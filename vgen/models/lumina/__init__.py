@@ -1,0 +1,1 @@
+"""Lumina-mGPT: Chameleon's language model making pictures."""

@@ -1,0 +1,1 @@
+"""MAR, Hi-MAR and TokenBridge: a masked autoencoder, and heads that make continuous or channel-wise tokens."""

@@ -1,0 +1,1 @@
+"""Ming-UniVision: a language model that reads and makes pictures as continuous tokens."""

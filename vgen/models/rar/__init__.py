@@ -1,0 +1,1 @@
+"""RAR: a causal transformer trained on random orders that anneal to raster."""

@@ -1,0 +1,1 @@
+"""xAR: next-X prediction with flow matching inside the backbone."""
