@@ -207,7 +207,7 @@ class LatentTokenizer:
 @torch.no_grad()
 def encode_each(tokenizer: Any, pixels: Tensor) -> Tensor:
     """Tokens of pictures [B, 3, H, W], on a CPU one picture at a time: the same bits whatever B is (see `decode_each`)."""
-    return torch.cat([tokenizer.encode(pixels[rows].contiguous()) for rows in _parts(tokenizer, len(pixels))])
+    return torch.cat([tokenizer.encode(pixels[rows].contiguous()) for rows in coded_together(tokenizer, len(pixels))])
 
 
 @torch.no_grad()
@@ -229,7 +229,7 @@ def decode_each(
     picture takes PyTorch's slower path). Accelerators decode the whole batch: their transformers round by its size already.
     """
     made = []
-    for rows in _parts(tokenizer, len(tokens)):
+    for rows in coded_together(tokenizer, len(tokens)):
         # Contiguous: layers choose their arithmetic by the strides as well.
         text = None if condition is None else condition[rows]
         noise = PhiloxNoise(seed, samples[rows])
@@ -237,7 +237,8 @@ def decode_each(
     return torch.cat(made)
 
 
-def _parts(tokenizer: Any, count: int) -> list[slice]:
+def coded_together(tokenizer: Any, count: int) -> list[slice]:
+    """Which of `count` pictures go through a tokenizer in one call, so that they come out the same beside any others."""
     size = 1 if tokenizer.device.type == "cpu" else max(count, 1)
     return [slice(start, start + size) for start in range(0, count, size)]
 

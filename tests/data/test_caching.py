@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from vgen.data import caching
 from vgen.data.caching import cache_tokens
@@ -128,6 +129,21 @@ def test_a_continuous_tokenizer_gives_its_posteriors_also_of_smaller_pictures(tm
     assert torch.equal(cached.tensors["tokens"][:, 1], mean.half())
     assert torch.equal(cached.tensors["deviations"][:, 1], deviation.half())
     assert torch.equal(cached.tensors["low"][:, 1], low.half())
+
+
+def test_latents_are_the_same_bytes_at_every_batch_size(tmp_path):
+    torch.manual_seed(3)
+    folder = tmp_path / "drawn" / "train"
+    folder.mkdir(parents=True)
+    for number in range(5):
+        pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    made = []
+    for size in (1, 2, 5):
+        out = tmp_path / f"out{size}"
+        cache_tokens("emoji-kl", folder.parent, out, size=64, low_res=32, held_out=None, batch_size=size)
+        made.append((out / "train.safetensors").read_bytes())
+    assert made[0] == made[1] == made[2]
 
 
 def test_moments_are_those_of_encode(vae):

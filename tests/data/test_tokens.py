@@ -135,3 +135,29 @@ def test_latents_without_deviations_are_what_they_are(tmp_path):
 def test_latents_that_do_not_fit(tmp_path, changes, message):
     with pytest.raises(VgenError, match=message):
         latents(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"tokenizer": "moved/vq-test", "keys": list("abcde")}, True),
+        ({"captions": ["caption 0", "another", "caption 2", "caption 3", "caption 4"]}, False),
+        ({"labels": [0, 1, 0, 1, 1]}, False),
+        ({"class_names": ["odd", "even"]}, False),
+        ({"aesthetics": [5.0, float("nan"), 5.0, 5.0, 5.0]}, False),
+        ({"grid": (1, 3, 2)}, False),
+        ({"vocabulary": 101}, False),
+        ({"tokenizer_sha256": "cd" * 32}, False),
+        ({"tokenizer_config": {"scale": 2.0}}, False),
+        ({"tokens": 1}, False),
+    ],
+    ids=str,
+)
+def test_the_digest_is_of_what_training_reads(tmp_path, changes, same):
+    tokens = torch.arange(30).reshape(5, 6)
+    first = TokenDataset(write(tmp_path / "t.safetensors", tokens))
+    changes = dict(changes)
+    tokens[4, 5] += changes.pop("tokens", 0)
+    other = TokenDataset(write(tmp_path / "moved" / "u.safetensors", tokens, **changes))
+    assert (first.digest == other.digest) is same

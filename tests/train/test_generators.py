@@ -3,9 +3,11 @@
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from train.neutral import changed_by_looking
 
+from vgen.data.tokens import TokenDataset
 from vgen.errors import VgenError
 from vgen.pipelines.visual import VisualPipeline
 from vgen.train.checkpoint import checkpoints
@@ -93,6 +95,24 @@ def test_stopped_after_every_step_rar_reaches_the_same_weights(tmp_path, config_
     for name in ("model.safetensors", "model.average.safetensors"):
         a, b = load_file(whole / name), load_file(stopped / name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_continues_on_the_same_tokens_only(tmp_path, config_of, token_sets):
+    """Of other pictures with the same captions, as `vgen tokenize` makes them after a picture was painted over: the sidecar is the same."""
+    train(config_of("llamagen", "time_limit_minutes=1e-9", "evaluate_every=0"))
+    path = token_sets / "train.safetensors"
+    tensors, whole = load_file(path), path.read_bytes()
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors["tokens"][3, 2] += 1
+    save_file(tensors, path, metadata)
+    assert TokenDataset(path).sidecar_sha256 == metadata["sidecar_sha256"]
+    with pytest.raises(
+        VgenError, match=r"first 1 steps on other data: \S+tokens/train\.safetensors changed since then"
+    ):
+        train(config_of("llamagen", "evaluate_every=0"))
+    path.write_bytes(whole)
+    assert train(config_of("llamagen", "time_limit_minutes=1e-9", "evaluate_every=0")).steps == 2
 
 
 def test_rar_orders_anneal_to_raster(config_of):

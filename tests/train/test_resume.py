@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from train import test_loop
 from train.neutral import changed_by_looking
 from train.test_loop import config_of, final_state
+from train.tiny_system import TinySystem
 
 from vgen.errors import VgenError
 from vgen.files import sole_user
@@ -159,7 +160,7 @@ def test_another_number_of_processes_is_allowed_when_asked_for_and_said(tmp_path
     (first,) = checkpoints(tmp_path / "run" / "checkpoints")
     state = first.folder / "state.json"
     content = json.loads(state.read_text())
-    assert content["made_with"] == {"processes": 1, "device": "cpu"}
+    assert content["made_with"] == {"processes": 1, "device": "cpu", "data": {"the rows": "counted"}}
     content["made_with"] = {"processes": 4, "device": "cuda"}
     state.write_text(json.dumps(content))
     with pytest.raises(VgenError, match="start 4, or continue it with --allow-changes"):
@@ -168,6 +169,16 @@ def test_another_number_of_processes_is_allowed_when_asked_for_and_said(tmp_path
     assert "warning: this run continues elsewhere (processes 4 -> 1, device cuda -> cpu)" in capsys.readouterr().err
     del content["made_with"]  # of an older vgen
     state.write_text(json.dumps(content))
+
+
+def test_other_data_is_refused_and_said_where_it_is_allowed(tmp_path, capsys, monkeypatch):
+    train(config_of(tmp_path, "steps=6", "time_limit_minutes=1e-9"))
+    monkeypatch.setattr(TinySystem, "data_digests", lambda self: {"the rows": "drawn", "a set of today": "new"})
+    with pytest.raises(VgenError, match=r"first 1 steps on other data: the rows changed since then; .*--allow-changes"):
+        train(config_of(tmp_path, "steps=6"))
+    assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
+    assert train(config_of(tmp_path, "steps=6"), allow_changes=True).finished
+    assert "warning: this run continues on other data (the rows)" in capsys.readouterr().err
 
 
 def test_fewer_steps_than_are_done_is_a_sentence(tmp_path):

@@ -60,6 +60,9 @@ class TinySystem:
         self.regressor = self.networks["regressor"]
         self.seen: list[int] = []  # row numbers, in the order in which they were trained on
 
+    def data_digests(self) -> dict[str, str]:
+        return {"the rows": "counted"}
+
     def batches(self, start: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
         number, size = start, self.config.batch_size
         while True:

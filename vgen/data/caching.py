@@ -28,7 +28,7 @@ from vgen.data.tokens import write_tokens
 from vgen.errors import VgenError
 from vgen.files import atomic_path, sha256, sole_user
 from vgen.metrics import psnr
-from vgen.tokenizers_vis.base import to_uint8
+from vgen.tokenizers_vis.base import coded_together, to_uint8
 from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer, saved_config
 
 PART = 4096  # pictures per part: what a kill can cost at most
@@ -205,6 +205,11 @@ class Coder:
         """[B, 3, H, W] -> the tensors of a token set (vgen/data/tokens.py), a row a picture."""
         if self.tokenizer.spec.vocabulary is not None:
             return {"tokens": self.tokenizer.encode(pixels)}
+        # One at a time on a CPU: latents would differ with the batch size in their last bits, as codes do not.
+        parts = [self._of_latents(pixels[rows].contiguous()) for rows in coded_together(self.tokenizer, len(pixels))]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def _of_latents(self, pixels: Tensor) -> dict[str, Tensor]:
         found = self._latents(pixels, "tokens", "deviations")
         if self.low_res:
             small = F.interpolate(pixels, (self.low_res, self.low_res), mode="bicubic")  # no antialias, as Hi-MAR

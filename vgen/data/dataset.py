@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vgen.data.identity import digest
 from vgen.data.images import Augment, BadFile, both_sides, decode_image, item_generator, shrink, view
 from vgen.data.sources import Collection, Source, open_source
 from vgen.errors import VgenError
@@ -86,6 +87,12 @@ class ImageDataset(EpochDataset):
     def aesthetics(self) -> list[float]:
         """The aesthetic scores of all samples, by index (NaN: not known)."""
         return [sample.aesthetic for sample in self.source.samples]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of keys, captions and labels: which pictures these are. A picture painted over under its old name is not
+        noticed: reading all of them before every training would take too long."""
+        return digest(self.keys, self.captions, self.labels, self.class_names)
 
     @property
     def bad_files(self) -> list[str]:

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vgen.data.dataset import EpochDataset
+from vgen.data.identity import digest
 from vgen.data.images import item_generator
 from vgen.errors import VgenError
 from vgen.files import atomic_path
@@ -208,6 +210,19 @@ class TokenDataset(EpochDataset):
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that training reads; not of keys, nor of where the tokenizer was."""
+        whole = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            whole.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        tokenizer = (self.tokenizer_sha256, self.tokenizer_config)
+        scores = ["" if math.isnan(score) else score for score in self.aesthetics.tolist()]
+        said = digest(self.captions, self.labels, self.class_names, scores, asdict(self.spec), tokenizer)
+        whole.update(said.encode())
+        return whole.hexdigest()
 
     @property
     def variants(self) -> int:

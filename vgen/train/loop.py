@@ -93,6 +93,7 @@ class Trainer:
         self.system.networks = {name: trainee.network for name, trainee in self.trainees.items()}
         self.leading = next(iter(self.trainees))  # its objective is "the loss" in logs
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.data_digests = dict(self.system.data_digests())
         self.watch = Watch()
         self.figures: dict[str, float] = {}
 
@@ -112,9 +113,14 @@ class Trainer:
         load(self.accelerator, checkpoint, self.trainees)
         self.figures = {key: v for key, v in checkpoint.state.items() if key not in ("step", "score", "made_with")}
 
+    def changed_data(self, checkpoint: Checkpoint) -> list[str]:
+        """What the run learns from, in words, where it is no longer what it was when the checkpoint was made."""
+        before = checkpoint.state.get("made_with", {}).get("data", {})  # checkpoints of the past do not say
+        return [name for name, digest in self.data_digests.items() if before.get(name, digest) != digest]
+
     def save(self, step: int, score: float | None) -> Path:
         """Writes a checkpoint after `step` steps and drops old ones."""
-        made_with = {"processes": self.world, "device": self.accelerator.device.type}
+        made_with = {"processes": self.world, "device": self.accelerator.device.type, "data": self.data_digests}
         state = {"score": score, **self.figures, "made_with": made_with}
         path = save(self.accelerator, self.folder / "checkpoints", step, self.trainees, state)
         if self.main:
@@ -296,6 +302,11 @@ def _train(config: TrainConfig, allow_changes: bool) -> Summary:
     trainer = Trainer(config)
     system, folder, main = trainer.system, trainer.folder, trainer.main
     if newest:
+        if (changed := trainer.changed_data(newest)) and not allow_changes:
+            raise VgenError(
+                f"{folder} did its first {newest.step} steps on other data: {', '.join(changed)} changed since then; put the data "
+                "back, choose another out= folder, or continue it with --allow-changes"
+            )
         trainer.restore(newest)
     first = newest.step if newest else 0
     log = RunLog(folder, first, config.steps, system.items, config.tensorboard, main)
@@ -515,6 +526,8 @@ def _warnings(trainer: Trainer, newest: Checkpoint | None, asked: str) -> Iterat
     before = newest.state.get("made_with", now) if newest else now
     if changed := [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]:
         yield f"this run continues elsewhere ({', '.join(changed)}): its results are not those of an undisturbed run"
+    if newest and (data := trainer.changed_data(newest)):
+        yield f"this run continues on other data ({', '.join(data)}): its results are not those of an undisturbed run"
 
 
 def _closing(trainer: Trainer, done: int, seconds: float, reason: str | None, model: Path | None) -> str:

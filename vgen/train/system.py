@@ -66,6 +66,9 @@ class System(Protocol):
     items: str  # what one row of a batch is, in the plural ("images")
     score: tuple[str, int] | None  # key of `evaluate` that picks the best checkpoint, +1 if more is better, -1 if less
 
+    def data_digests(self) -> Mapping[str, str]:
+        """What is learned from and measured on, in words -> its digest: a run continues on the same data only."""
+
     def batches(self, start: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
         """Endless batches; batch number b holds the same rows whatever `start` is (b counts forward passes)."""
 

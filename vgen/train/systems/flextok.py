@@ -26,7 +26,7 @@ from vgen.tokenizers_vis.registry import TOKENIZERS, find_tokenizer, open_tokeni
 from vgen.train.config import TrainConfig
 from vgen.train.seeds import derived_seed
 from vgen.train.system import Loss, autocast, spread, to_dtype
-from vgen.train.systems.pictures import DataConfig, check_data, open_pictures
+from vgen.train.systems.pictures import DataConfig, check_data, open_pictures, picture_digests
 from vgen.viz.strips import token_strip
 
 
@@ -171,6 +171,10 @@ class FlexTokSystem:
         self.counts = list(config.sampling.counts) or token_counts(self.model.config.registers)
         self.score = (f"psnr_{self.counts[-1]}", 1)
         self.usage = torch.zeros(self.model.spec.vocabulary, dtype=torch.long, device=device)  # since the last look
+
+    def data_digests(self) -> dict[str, str]:
+        """Of the pictures of both splits."""
+        return picture_digests(self.config.data, self.train_images, self.held_out)
 
     def batches(self, start: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
         """Endless training pictures."""

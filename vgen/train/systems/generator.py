@@ -218,6 +218,14 @@ class GeneratorSystem:
 
     # ---------------------------------------------------------------- training
 
+    def data_digests(self) -> dict[str, str]:
+        """Of both token sets."""
+        data = self.config.data
+        return {
+            f"{data.tokens}/{name}.safetensors": tokens.digest
+            for name, tokens in ((data.train_split, self.train_tokens), (data.held_out_split, self.held_out))
+        }
+
     def batches(self, start: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
         """Endless training tokens with captions and labels."""
         return batches(self.train_tokens, self.config.batch_size, self.config.seed, start, rank, world)

@@ -94,6 +94,12 @@ def open_pictures(data: DataConfig, seed: int) -> tuple[ImageDataset, ImageDatas
     return train, open_images(found, data.held_out_split, data.size, cache=data.cache)
 
 
+def picture_digests(data: DataConfig, train: ImageDataset, held_out: ImageDataset) -> dict[str, str]:
+    """What a run learns from and is measured on -> its digest (`System.data_digests`)."""
+    names = (data.train_split, data.held_out_split)
+    return {f"{data.path} ({name})": pictures.digest for name, pictures in zip(names, (train, held_out))}
+
+
 def check_pictures(config: PictureConfig, families: Sequence[str]) -> ModelMixin:
     """Raises VgenError for data and model settings that cannot work, before pictures or weights are loaded.
 
@@ -147,6 +153,10 @@ class PictureSystem:
         self.latent = latent_kind(config, model)
         self.train_images, self.held_out = open_pictures(config.data, config.seed)
         self.captions = _text_encoder(config, device) if getattr(model.config, "text_tokens", 0) else None
+
+    def data_digests(self) -> dict[str, str]:
+        """Of the pictures of both splits."""
+        return picture_digests(self.config.data, self.train_images, self.held_out)
 
     def batches(self, start: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
         """Endless training pictures."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from vgen.data.identity import weights_digest
+from vgen.files import sha256
 from vgen.settings import require
 from vgen.tokenizers_vis.maskgit_vqgan import MaskGITVQGAN
 from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer
@@ -113,6 +115,12 @@ class ProxySystem(PictureSystem):
         self.networks: dict[str, nn.Module] = {"tokenizer": ProxyObjective(model)}
         self.optimizers = {"tokenizer": config.optimizer}
         self.latest: Tensor | None = None  # pictures of the step at hand, for reviving codes
+
+    def data_digests(self) -> dict[str, str]:
+        """Of the pictures, and of the VQGAN whose codes are learned."""
+        path = Path(self.config.proxy)
+        proxy = weights_digest(find_tokenizer(path)) if path.is_dir() else sha256(path)
+        return {**super().data_digests(), f"proxy {path}": proxy}
 
     def losses(self, batch: dict[str, Any], step: int, generator: Generator) -> Iterator[Loss]:
         """Cross-entropy against the VQGAN's codes of the same pictures, and the quantizer's losses."""
