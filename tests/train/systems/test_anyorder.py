@@ -3,6 +3,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from vgen.data.tokens import TokenDataset, write_tokens
 from vgen.errors import VgenError
 from vgen.models.anyorder import AnyOrderModel
 from vgen.pipelines.visual import VisualPipeline
@@ -103,21 +104,19 @@ def test_settings_that_cannot_work(config_of, override, words):
 
 def test_foreign_tokenizer_is_refused(tmp_path, config_of, token_sets):
     VQModel.of_size("emoji-f8", ch=8, z_channels=8, num_groups=4).save_pretrained(tmp_path / "tokenizer")
-    sidecar = token_sets / "train.json"
-    assert '"tokenizer_sha256": ""' in sidecar.read_text()
-    from vgen.data.tokens import TokenDataset, write_tokens
-
-    old = TokenDataset(token_sets / "train.safetensors")
-    write_tokens(
-        token_sets / "train.safetensors",
-        old.tokens[:, 0],
-        captions=old.captions,
-        labels=old.labels,
-        keys=old.keys,
-        grid=old.grid,
-        vocabulary=old.vocabulary,
-        tokenizer="other",
-        tokenizer_sha256="0" * 64,
-    )
+    for split in ("train", "heldout"):
+        old = TokenDataset(token_sets / f"{split}.safetensors")
+        assert old.tokenizer_sha256 == ""
+        write_tokens(
+            token_sets / f"{split}.safetensors",
+            old.tokens[:, 0],
+            captions=old.captions,
+            labels=old.labels,
+            keys=old.keys,
+            grid=old.grid,
+            vocabulary=old.vocabulary,
+            tokenizer="other",
+            tokenizer_sha256="0" * 64,
+        )
     with pytest.raises(VgenError, match="made with another tokenizer"):
         train(config_of(f"data.tokenizer={tmp_path / 'tokenizer'}"))

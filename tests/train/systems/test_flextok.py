@@ -153,7 +153,7 @@ def test_collapse_is_said(config_of):
         ("loss.null_dropout=2", "loss.null_dropout must lie in"),
         ("model.size=emoji-f9", "did you mean 'emoji-f8'"),
         ("model.head_dim=5", "multiple of the head size 5"),
-        ("model.vae=/nowhere", "holds no tokenizer"),
+        ("model.vae=/nowhere", "/nowhere does not exist"),
         ("model.levels=[1]", "at least 2 levels"),
         ("sampling.counts=[1,5]", r"1..4, the number of registers, found 5"),
         ("sampling.steps=0", "sampling.steps must be above 0"),

@@ -93,7 +93,10 @@ def test_impossible_settings_are_refused(config_of, overrides, message):
     "overrides, message",
     [
         (["sampling.substeps=abc"], "config: sampling: the substeps of a diffusion"),
-        (["sampling.substeps=ddim20", "model.head=flow"], "config: sampling: the substeps of a flow"),
+        (
+            ["sampling.substeps=ddim20", "model.head=flow"],
+            "config: sampling: the number of substeps of a flow must be a whole number",
+        ),
         (["sampling.top_k=5"], "no top-k or top-p"),
         (["sampling.guidance_scale=0.5"], "at least 1"),
         (["sampling.order=random:steps=17"], "1 to 16 steps, got 17"),
