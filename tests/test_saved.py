@@ -212,6 +212,6 @@ def test_both_doors_open_the_same(pipeline_folder):
     assert isinstance(pipe, Sampler) and not isinstance(sampler, VisualPipeline)
     settings = {key: value for key, value in pipe.config.items() if not key.startswith("_") and key not in ROLES}
     assert settings == {key: value for key, value in sampler.config.items() if not key.startswith("_")}
-    made = [one(["cat"], num_images=2, seed=5) for one in (sampler, pipe)]
+    made = [one(["cat"], num_images_per_prompt=2, seed=5) for one in (sampler, pipe)]
     assert torch.equal(made[0].tokens, made[1].tokens) and not sampler.model.training
     assert [image.tobytes() for image in made[0].images] == [image.tobytes() for image in made[1].images]

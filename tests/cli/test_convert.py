@@ -48,7 +48,7 @@ def test_a_tokenizer_and_a_pipeline(checkpoints, tmp_path, capsys):
     assert main(["convert", "tiny", *source, "--out", str(tmp_path / "pipe"), "--dtype", "bfloat16"]) == 0
     assert "weights none stated" in capsys.readouterr().out
     pipe = VisualPipeline.from_pretrained(tmp_path / "pipe", torch_dtype=torch.bfloat16)
-    assert pipe.model.dtype == torch.bfloat16 and len(pipe(class_labels=[1], num_images=2).images) == 2
+    assert pipe.model.dtype == torch.bfloat16 and len(pipe(class_labels=[1], num_images_per_prompt=2).images) == 2
     assert main(["convert", "--list"]) == 0
     assert "vq.pt from the hub repository a/b" in capsys.readouterr().out
 

@@ -265,9 +265,9 @@ def pipe():
 
 def test_kept_pixels_are_the_originals_in_the_shipped_model(pipe):
     base, mask = photo(64, 64), mask_of((32, 0, 64, 64), 64, 64)
-    made = pipe("red heart", init_image=base, mask=mask, steps=2).images[0]
+    made = pipe("red heart", init_image=base, mask=mask, num_inference_steps=2).images[0]
     assert np.array_equal(np.asarray(made)[:, :28], np.asarray(base)[:, :28])
-    plain = pipe("red heart", init_image=base, mask=mask, steps=2, paste_back=False).images[0]
+    plain = pipe("red heart", init_image=base, mask=mask, num_inference_steps=2, paste_back=False).images[0]
     assert np.array_equal(np.asarray(made)[:, 32:], np.asarray(plain)[:, 32:])
     assert not np.array_equal(np.asarray(plain)[:, :28], np.asarray(base)[:, :28])
 
@@ -276,7 +276,9 @@ def test_a_picture_comes_out_the_same_in_any_batch(pipe):
     base, mask = photo(64, 64), mask_of((32, 0, 64, 64), 64, 64)
 
     def pictures(batch_size):
-        made = pipe("ghost", num_images=5, init_image=base, mask=mask, steps=2, batch_size=batch_size).images
+        made = pipe(
+            "ghost", num_images_per_prompt=5, init_image=base, mask=mask, num_inference_steps=2, batch_size=batch_size
+        ).images
         return [image.tobytes() for image in made]
 
     assert pictures(1) == pictures(2) == pictures(5)
@@ -307,7 +309,15 @@ def test_half_precision(pipeline, kind, dtype):
     for part in (pipe.tokenizer, pipe.model):
         torch.nn.Module.to(part, dtype)
     mask = mask_of((4, 0, 8, 8), 8, 8)
-    result = pipe(**subject, init_image=photo(8, 8), mask=mask, order="random", steps=2, batch_size=1, num_images=2)
+    result = pipe(
+        **subject,
+        init_image=photo(8, 8),
+        mask=mask,
+        order="random",
+        num_inference_steps=2,
+        batch_size=1,
+        num_images_per_prompt=2,
+    )
     for image in result.images:
         assert image.size == (8, 8)
         assert np.array_equal(np.asarray(image)[:, :2], np.asarray(photo(8, 8))[:, :2])

@@ -29,20 +29,23 @@ def pipeline(head="diffusion", packing=1, channels=3, **settings):
 @pytest.mark.parametrize("head, substeps", [("diffusion", "ddim2"), ("flow", 3), ("mean_flow", 1)])
 def test_any_head_makes_pictures(head, substeps, tmp_path):
     pipe = pipeline(head, order="random:steps=4,schedule=mar", substeps=substeps)
-    made = pipe(class_labels=[0, 4], num_images=2, seed=1)
+    made = pipe(class_labels=[0, 4], num_images_per_prompt=2, seed=1)
     assert made.images[0].size == (8, 8) and made.tokens.shape == (4, 16, 3) and made.stats.calls == 4
-    assert not torch.equal(made.tokens, pipe(class_labels=[0, 4], num_images=2, seed=2).tokens)
+    assert not torch.equal(made.tokens, pipe(class_labels=[0, 4], num_images_per_prompt=2, seed=2).tokens)
     pipe.save_pretrained(tmp_path)
     again = VisualPipeline.from_pretrained(tmp_path)
     assert again.config.substeps == substeps and again.model.config.head == head
     torch.testing.assert_close(
-        again(class_labels=[0, 4], num_images=2, seed=1, batch_size=1).tokens, made.tokens, atol=1e-4, rtol=1e-4
+        again(class_labels=[0, 4], num_images_per_prompt=2, seed=1, batch_size=1).tokens,
+        made.tokens,
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
 def test_packed_latents_are_the_tokenizers_matter():
     pipe = pipeline(packing=2, channels=12, substeps="ddim2")
-    made = pipe(class_labels=1, steps=2, order="random")
+    made = pipe(class_labels=1, num_inference_steps=2, order="random")
     assert made.images[0].size == (16, 16) and made.tokens.shape == (1, 16, 12)
     with pytest.raises(VgenError, match="12 channels, the generator was made for 3"):
         pipeline(packing=2)
@@ -52,7 +55,9 @@ def test_areas_may_be_made_anew():
     pipe = pipeline(substeps="ddim2")
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 0, 4, 8))
-    made = pipe(class_labels=1, init_image=Image.new("RGB", (8, 8), "red"), mask=mask, order="random", steps=3)
+    made = pipe(
+        class_labels=1, init_image=Image.new("RGB", (8, 8), "red"), mask=mask, order="random", num_inference_steps=3
+    )
     kept = made.tokens.view(4, 4, 3)[:, 2:]
     assert made.stats.calls == 3 and torch.equal(kept, pipe(
         class_labels=1, init_image=Image.new("RGB", (8, 8), "red"), mask=mask, order="raster", seed=5
@@ -68,7 +73,7 @@ def test_latents_of_a_half_precision_tokenizer_enter_the_canvas():
 
 def test_settings_of_other_kinds_are_refused():
     with pytest.raises(VgenError, match="1 to 16 steps, got 17"):
-        pipeline()(class_labels=1, steps=17, order="random")
+        pipeline()(class_labels=1, num_inference_steps=17, order="random")
     with pytest.raises(VgenError, match="at least 1"):
         pipeline()(class_labels=1, guidance_scale=0.5)
     with pytest.raises(VgenError, match="no top-k"):

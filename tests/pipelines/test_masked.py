@@ -62,18 +62,18 @@ def continuous():
 
 
 def test_maskgit_makes_pictures_of_1d_tokens(maskgit, tmp_path):
-    result = maskgit(class_labels=[0, 4], num_images=2, seed=1)
+    result = maskgit(class_labels=[0, 4], num_images_per_prompt=2, seed=1)
     assert len(result.images) == 4 and result.images[0].size == (16, 16) and result.tokens.shape == (4, 6)
     assert result.stats.calls == 4
-    assert maskgit(class_labels=0, steps=6).stats.calls == 6, (
+    assert maskgit(class_labels=0, num_inference_steps=6).stats.calls == 6, (
         "what is asked for wins over the default order's own steps"
     )
     assert maskgit(class_labels=0, order="raster").stats.calls == 6
-    assert not torch.equal(result.tokens, maskgit(class_labels=[0, 4], num_images=2, seed=2).tokens)
+    assert not torch.equal(result.tokens, maskgit(class_labels=[0, 4], num_images_per_prompt=2, seed=2).tokens)
     maskgit.save_pretrained(tmp_path)
     again = VisualPipeline.from_pretrained(tmp_path)
     assert again.config.choice == "maskgit"
-    assert torch.equal(again(class_labels=[0, 4], num_images=2, seed=1).tokens, result.tokens)
+    assert torch.equal(again(class_labels=[0, 4], num_images_per_prompt=2, seed=1).tokens, result.tokens)
 
 
 def test_masks_say_nothing_about_1d_tokens(maskgit):
@@ -91,12 +91,12 @@ def test_continuous_tokens_are_denoised_and_decoded_with_the_caption(continuous)
         return decode(tokens, grid, condition, **options)
 
     continuous.tokenizer.decode = spy
-    result = continuous("a cat", num_images=2, seed=1)
+    result = continuous("a cat", num_images_per_prompt=2, seed=1)
     assert result.tokens.shape == (2, 6, 4) and torch.isfinite(result.tokens).all()
     assert result.stats.calls == 3 and result.images[0].size == (16, 16)
     expected = Captions().captions(["a cat"]).extras["decoder_text"]
     assert torch.equal(torch.cat(seen), expected.expand(2, -1, -1))
-    alone = continuous("a cat", num_images=2, batch_size=1, seed=1)
+    alone = continuous("a cat", num_images_per_prompt=2, batch_size=1, seed=1)
     torch.testing.assert_close(alone.tokens, result.tokens, atol=1e-4, rtol=1e-4)
     with pytest.raises(VgenError, match="no top-k or top-p"):
         continuous("a cat", top_k=5)

@@ -37,10 +37,10 @@ def test_the_mask_names_rows_and_columns(wide, box, new):
     mask.paste(255, box)
     first = []
 
-    def note(step, canvas):
-        first.append(canvas.known[0].clone())
+    def note(pipe, index, step, values):
+        first.append(values["canvas"].known[0].clone())
 
-    result = wide("a cat", init_image=picture, mask=mask, order="raster", callback=note)
+    result = wide("a cat", init_image=picture, mask=mask, order="raster", callback_on_step_end=note)
     assert result.stats.calls == len(new)
     before = first[0].view(4, 8)  # after the first call: all but one of the new positions are still unknown
     unknown = {(row, column) for row, column in (~before).nonzero().tolist()}

@@ -56,7 +56,7 @@ def test_pictures_show_what_was_asked_for(pipe, order):
 
 def test_a_picture_is_the_same_bytes_in_any_batch(pipe):
     def pictures(batch_size):
-        made = pipe(PROMPTS, batch_size=batch_size, seed=7, steps=8)
+        made = pipe(PROMPTS, batch_size=batch_size, seed=7, num_inference_steps=8)
         return made.tokens, [image.tobytes() for image in made.images]
 
     tokens, alone = pictures(1)
@@ -71,7 +71,7 @@ def test_inpainting_in_the_shipped_model(pipe, tmp_path):
     base = pipe("grinning face").images[0]
     mask = Image.new("L", base.size)
     mask.paste(255, (0, 32, 64, 64))
-    result = pipe("red heart", num_images=2, init_image=base, mask=mask)
+    result = pipe("red heart", num_images_per_prompt=2, init_image=base, mask=mask)
     kept = pipe.tokenizer.encode(torch.from_numpy(np.asarray(base).copy()).permute(2, 0, 1)[None] / 127.5 - 1)
     assert torch.equal(result.tokens[:, :32], kept[:, :32].expand(2, -1))
 

@@ -41,7 +41,7 @@ def test_pictures_depend_on_seed_and_number_only(pipe):
 
 def test_the_callback_sees_every_token(pipe):
     steps = []
-    pipe.generate("a cat", callback=lambda step, canvas: steps.append(step.index))
+    pipe.generate("a cat", callback_on_step_end=lambda pipe, index, step, values: steps.append(step.index))
     assert steps == [0, 1, 2, 3]
 
 
@@ -50,7 +50,11 @@ def test_edits_in_one_and_in_three_rounds(pipe):
     assert plain.size == (16, 16) and same(plain, pipe.edit(photo(), "make it red"))
     steps = []
     whole = pipe.edit(
-        photo(), "make it red", region_first=True, refine=True, callback=lambda step, canvas: steps.append(step)
+        photo(),
+        "make it red",
+        region_first=True,
+        refine=True,
+        callback_on_step_end=lambda pipe, index, step, values: steps.append(step),
     )
     assert len(steps) == 3 * 4 and not same(whole, plain)
 

@@ -18,7 +18,10 @@ def pixels(images):
 def test_pictures_and_stats(pipeline):
     steps = []
     result = pipeline(
-        ["red apple", "a cat"], num_images=3, batch_size=4, callback=lambda step, canvas: steps.append(step.index)
+        ["red apple", "a cat"],
+        num_images_per_prompt=3,
+        batch_size=4,
+        callback_on_step_end=lambda pipe, index, step, values: steps.append(step.index),
     )
     assert len(result.images) == 6 and result.images[0].size == (8, 8) and result.tokens.shape == (6, 16)
     stats = result.stats.report()
@@ -38,15 +41,15 @@ def test_pictures_do_not_depend_on_the_batch_size(pipeline):
 
 def test_a_stream_makes_what_is_asked_for_and_nothing_else(pipeline):
     prompts = ["red apple", "a cat", "mat"]
-    whole = pipeline(prompts, num_images=2, seed=3)
+    whole = pipeline(prompts, num_images_per_prompt=2, seed=3)
     calls = []
     stream = pipeline.stream(
         prompts,
-        num_images=2,
+        num_images_per_prompt=2,
         seed=3,
         batch_size=2,
         skip={1, 2},
-        callback=lambda step, canvas: calls.append(canvas.samples),
+        callback_on_step_end=lambda pipe, index, step, values: calls.append(values["canvas"].samples),
     )
     assert not calls, "nothing is decoded before it is asked for"
     batches = [next(stream)]
@@ -55,7 +58,7 @@ def test_a_stream_makes_what_is_asked_for_and_nothing_else(pipeline):
     assert [batch.numbers for batch in batches] == [[0, 3], [4, 5]]
     for batch in batches:
         assert torch.equal(batch.tokens, whole.tokens[batch.numbers]) and len(batch.images) == len(batch.numbers)
-    rest = pipeline(prompts[1:], num_images=2, seed=3, first=2)
+    rest = pipeline(prompts[1:], num_images_per_prompt=2, seed=3, first=2)
     assert torch.equal(rest.tokens, whole.tokens[2:])
 
 
@@ -63,12 +66,12 @@ def test_prompts_of_a_text_encoder_are_read_a_block_at_a_time(pipeline, monkeypa
     from vgen.pipelines import visual
 
     prompts, read = ["red apple", "a cat", "mat", "red cat", "a mat"], []
-    whole = pipeline(prompts, num_images=2, seed=3)
+    whole = pipeline(prompts, num_images_per_prompt=2, seed=3)
     vocabulary, captions = pipeline.model.vocabulary, pipeline.model.vocabulary.captions
     monkeypatch.setattr(visual, "ENCODED", 2)
     monkeypatch.setattr(vocabulary, "encoder", object(), raising=False)
     monkeypatch.setattr(vocabulary, "captions", lambda texts, limit: read.append(list(texts)) or captions(texts, limit))
-    stream = pipeline.stream(prompts, num_images=2, seed=3, batch_size=3)
+    stream = pipeline.stream(prompts, num_images_per_prompt=2, seed=3, batch_size=3)
     first = next(stream)
     assert read == [["red apple", "a cat"]]
     batches = [first, *stream]
@@ -92,8 +95,8 @@ def test_prompts_of_a_text_encoder_are_read_a_block_at_a_time(pipeline, monkeypa
             {
                 "prompt": "a",
                 "seed": 3,
-                "steps": 3,
-                "num_images": 2,
+                "num_inference_steps": 3,
+                "num_images_per_prompt": 2,
                 "top_k": 5,
                 "guidance_scale": 3.0,
                 "temperature": 0.5,
@@ -101,8 +104,8 @@ def test_prompts_of_a_text_encoder_are_read_a_block_at_a_time(pipeline, monkeypa
             {
                 "prompt": "a",
                 "seed": np.int64(3),
-                "steps": np.int32(3),
-                "num_images": torch.tensor(2),
+                "num_inference_steps": np.int32(3),
+                "num_images_per_prompt": torch.tensor(2),
                 "top_k": np.uint8(5),
                 "guidance_scale": torch.tensor(3.0),
                 "temperature": np.float32(0.5),
@@ -158,7 +161,7 @@ def test_inpainting_keeps_the_tokens_under_the_black_area(pipeline):
     original = pipeline.tokenizer.encode(_tensor(image.images[0]))[0]
     mask = Image.new("RGB", (8, 8))
     mask.paste("white", (4, 0, 8, 8))  # the right half is new
-    result = pipeline("a cat", num_images=4, init_image=image.images[0], mask=mask)
+    result = pipeline("a cat", num_images_per_prompt=4, init_image=image.images[0], mask=mask)
     tokens, original = result.tokens.view(4, 4, 4), original.view(4, 4)
     assert torch.equal(tokens[:, :, :2], original[:, :2].expand(4, 4, 2))
     assert not torch.equal(tokens[:, :, 2:], original[:, 2:].expand(4, 4, 2))
@@ -177,15 +180,15 @@ def _tensor(image):
         ({"prompt": "a", "class_labels": 1}, "either prompts or class labels"),
         ({"prompt": "red unicorn"}, "'unicorn'"),
         ({"prompt": "a", "order": "rastr"}, "did you mean 'raster'"),
-        ({"prompt": "a", "order": "raster", "steps": 4}, "no option 'steps'"),
-        ({"prompt": "a", "steps": 99}, "99"),
+        ({"prompt": "a", "order": "raster", "num_inference_steps": 4}, "no option 'steps'"),
+        ({"prompt": "a", "num_inference_steps": 99}, "99"),
         ({"prompt": "a", "guidance_scale": float("nan")}, "guidance scale"),
         ({"prompt": "a", "guidance_schedule": "linaer"}, "did you mean 'linear'"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "top_p": 0}, "top-p"),
         ({"prompt": "a", "top_k": -3}, "top-k"),
         ({"prompt": "a", "seed": -1}, "seed"),
-        ({"prompt": "a", "num_images": 0}, "at least 1"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "at least 1"),
         ({"prompt": []}, "prompts .* must not be empty"),
         ({"prompt": 3}, "must be a list, got 3"),
         ({"prompt": ["a", None]}, "a prompt must be a text .* got None"),
@@ -199,7 +202,7 @@ def _tensor(image):
         ({"prompt": "a", "seed": None}, "the seed must be a whole number .* got None"),
         ({"prompt": "a", "seed": 1.0}, "the seed must be"),
         ({"prompt": "a", "seed": 2**32}, "the seed must be a whole number from 0 to 4294967295"),
-        ({"prompt": "a", "first": 2**32 - 1, "num_images": 2}, "the number of the last picture"),
+        ({"prompt": "a", "first": 2**32 - 1, "num_images_per_prompt": 2}, "the number of the last picture"),
         ({"prompt": "a", "guidance_scale": "3"}, r"the guidance scale must be a finite number, got '3' \(str\)"),
         ({"prompt": "a", "guidance_scale": True}, "the guidance scale must be a finite number, got True"),
         ({"prompt": "a", "guidance_schedule": 3}, "the guidance schedule must be a text"),
@@ -208,13 +211,13 @@ def _tensor(image):
         ({"prompt": "a", "top_p": "0.5"}, "top-p must be a finite number"),
         ({"prompt": "a", "top_p": float("nan")}, "top-p must be a finite number"),
         ({"prompt": "a", "top_k": 1.5}, "top-k .* must be a whole number"),
-        ({"prompt": "a", "steps": True}, "steps must be a whole number"),
-        ({"prompt": "a", "steps": 2.5}, "steps must be a whole number"),
-        ({"prompt": "a", "num_images": None}, "number of images must be"),
+        ({"prompt": "a", "num_inference_steps": True}, "steps must be a whole number"),
+        ({"prompt": "a", "num_inference_steps": 2.5}, "steps must be a whole number"),
+        ({"prompt": "a", "num_images_per_prompt": None}, "number of images must be"),
         ({"prompt": "a", "batch_size": 2.0}, "batch size must be"),
         ({"prompt": "a", "order": 3}, "an order is a name"),
         ({"prompt": "a", "order_options": ["steps"]}, "options of an order are a dict"),
-        ({"prompt": "a", "callback": 3}, "callback must be a function"),
+        ({"prompt": "a", "callback_on_step_end": 3}, "callback_on_step_end must be a function"),
         ({"prompt": "a", "init_image": Image.new("RGB", (8, 8))}, "both an init image and a mask"),
         ({"prompt": "a", "init_image": Image.new("RGB", (8, 8)), "mask": Image.new("L", (4, 4))}, "same size"),
         ({"prompt": "a", "init_image": Image.new("RGB", (8, 8)), "mask": Image.new("L", (8, 8))}, "no white area"),
@@ -262,6 +265,6 @@ def test_a_flexible_tokenizer_makes_pictures_of_other_shapes(pipeline):
 
 def test_an_empty_prompt_asks_for_nothing(pipeline):
     """The rows of guidance are the same then: any scale gives what no guidance gives."""
-    made, plain = (pipeline("", num_images=2, seed=4, guidance_scale=scale).tokens for scale in (3.0, 1.0))
+    made, plain = (pipeline("", num_images_per_prompt=2, seed=4, guidance_scale=scale).tokens for scale in (3.0, 1.0))
     assert torch.equal(made, plain)
-    assert not torch.equal(pipeline("a cat", num_images=2, seed=4, guidance_scale=1.0).tokens, plain)
+    assert not torch.equal(pipeline("a cat", num_images_per_prompt=2, seed=4, guidance_scale=1.0).tokens, plain)

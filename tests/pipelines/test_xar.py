@@ -28,14 +28,17 @@ def pipeline(entities="blocks-2", **settings):
 @pytest.mark.parametrize("entities, calls", [("blocks-2", 4), ("raster", 16), ("subsample-2", 4), ("scales", 3)])
 def test_pictures_of_any_entities(entities, calls, tmp_path):
     pipe = pipeline(entities)
-    made = pipe(class_labels=[0, 4], num_images=2, seed=1)
+    made = pipe(class_labels=[0, 4], num_images_per_prompt=2, seed=1)
     assert made.images[0].size == (8, 8) and made.stats.calls == 3 * calls
     assert made.tokens.shape == (4, 21 if entities == "scales" else 16, 3)
     pipe.save_pretrained(tmp_path)
     again = VisualPipeline.from_pretrained(tmp_path)
     assert again.config.solver == "sde" and again.model.config.entities == entities
     torch.testing.assert_close(
-        again(class_labels=[0, 4], num_images=2, seed=1, batch_size=1).tokens, made.tokens, atol=1e-4, rtol=1e-4
+        again(class_labels=[0, 4], num_images_per_prompt=2, seed=1, batch_size=1).tokens,
+        made.tokens,
+        atol=1e-4,
+        rtol=1e-4,
     )
     assert pipe(class_labels=1, substeps=5).stats.calls == 5 * calls
 

@@ -12,7 +12,7 @@ from vgen.tokenizers_vis.registry import SHIPPED, find_tokenizer, shipped_tokeni
 
 @pytest.fixture(scope="module")
 def pixels():
-    made = VisualPipeline.shipped("emoji")(["red heart", "soccer ball"], steps=8, seed=0).images
+    made = VisualPipeline.shipped("emoji")(["red heart", "soccer ball"], num_inference_steps=8, seed=0).images
     return torch.stack([to_pixels(image) for image in made])
 
 

@@ -107,9 +107,9 @@ def test_without_captions_and_classes(system, request, config_of, tmp_path):
     recaption(folder, lambda i: "")
     _, pipe = trained(config_of(system, {**CODES, **LATENTS}[system], folder))
     assert pipe.model.vocabulary.unconditional and pipe.config.guidance_scale == 1.0
-    made = pipe(num_images=2, seed=3)
+    made = pipe(num_images_per_prompt=2, seed=3)
     assert len(made.images) == 2 and made.tokens.isfinite().all()
-    assert torch.equal(pipe("", num_images=2, seed=3).tokens, made.tokens)
+    assert torch.equal(pipe("", num_images_per_prompt=2, seed=3).tokens, made.tokens)
     with pytest.raises(VgenError, match="trained without captions and knows no words, got the prompt 'a cat'"):
         pipe("a cat")
 
@@ -131,7 +131,7 @@ def test_flexar_without_captions(tmp_path, config_of):
             labels=[-1] * rows, keys=[str(i) for i in range(rows)], grid=(1, 1, 4), vocabulary=20, tokenizer="none",
         )  # fmt: skip
     _, pipe = trained(config_of("flexar", {"width": 32, "depth": 1, "heads": 2}, tmp_path / "sets"))
-    assert len(pipe(num_images=2).images) == 2
+    assert len(pipe(num_images_per_prompt=2).images) == 2
 
 
 @pytest.mark.parametrize("system", ["anyorder", "llamagen", "dar"])

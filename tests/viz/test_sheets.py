@@ -31,13 +31,14 @@ def trace_of(steps):
     trace, canvas = Trace(limit=2), Canvas.blank((1, 2, 2), 3)
     for index in range(steps):
         canvas.write(torch.tensor([index]), torch.ones(3, 1, dtype=torch.long), None, 1)
-        trace(Step(index, torch.tensor([index]), 1, (4 - index, 3 - index), steps, 4), canvas)
+        step = Step(index, torch.tensor([index]), 1, (4 - index, 3 - index), steps, 4)
+        trace(None, index, step, {"canvas": canvas})
     return trace, canvas
 
 
 def test_trace_blanks_what_is_not_decoded_and_keeps_the_first_batch():
     trace, canvas = trace_of(3)
-    trace(Step(0, torch.tensor([0]), 1, (4, 3), 3, 4), canvas)  # a second batch begins
+    trace(None, 0, Step(0, torch.tensor([0]), 1, (4, 3), 3, 4), {"canvas": canvas})  # a second batch begins
     assert len(trace.states) == 3
     frames = trace.frames(lambda values, level: pictures(len(values)), scale=1)
     assert len(frames) == 3

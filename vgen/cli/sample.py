@@ -240,16 +240,16 @@ def run(args: argparse.Namespace) -> None:
     _, height, width = pipe.tokenizer.spec.pixels(pipe.grids[-1])
     trace, stats, start = Trace() if args.trace else None, Stats(), time.perf_counter()
 
-    def after_step(step, canvas):
+    def after_step(*state: Any) -> None:
         bar.update()
         if trace:
-            trace(step, canvas)
+            trace(*state)
 
     # Everything is checked by now; a batch is put together when it is asked for, so that it can skip what the folder holds.
     batches = pipe.stream(
         prompts,
         args.class_label,
-        num_images=args.num_images,
+        num_images_per_prompt=args.num_images,
         first=args.first,
         skip=target.kept,
         batch_size=args.batch_size,
@@ -259,7 +259,7 @@ def run(args: argparse.Namespace) -> None:
         mask=args.mask,
         outpaint=args.outpaint,
         paste_back=args.paste_back,
-        callback=after_step,
+        callback_on_step_end=after_step,
         **given,
     )
     shown: Batch | None = None  # the first one, for the animation

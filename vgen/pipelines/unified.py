@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ from vgen.models.ming.prompts import (
     for_understanding,
     load_picture,
 )
+from vgen.pipelines.calls import Callback, Generators, check_callback, refuse, seeds_of
 from vgen.samplers.choice import FlowChoice, TokenChoice
 from vgen.samplers.guidance import TextImageGuidance
-from vgen.samplers.noise import LARGEST, PhiloxNoise
-from vgen.samplers.types import Canvas, Step
+from vgen.samplers.noise import PhiloxNoise
 from vgen.saved import open_saved
 from vgen.values import string, whole
 
@@ -86,25 +85,40 @@ class UnifiedPipeline:
         return cls(MingUniVision.from_original(source, config), **settings)
 
     def dialogue(
-        self, seed: int = 0, keep_masks: bool = False, callback: Callable[[Step, Canvas], None] | None = None
+        self,
+        seed: int = 0,
+        keep_masks: bool = False,
+        *,
+        generator: Generators | None = None,
+        callback_on_step_end: Callback | None = None,
+        **unknown: Any,
     ) -> Dialogue:
-        """A dialogue that begins empty. Its k-th picture depends on (seed, k) and on what was said; keep_masks: see `after_round`."""
-        return Dialogue(self.model, self._settings(seed, keep_masks, callback))
+        """A dialogue that begins empty. Its k-th picture depends on (seed, k) and on what was said; keep_masks: see `after_round`.
+
+        generator: one from which the seed is drawn; callback_on_step_end: as of `VisualPipeline`, after every visual token.
+        """
+        refuse(unknown, ("seed", "keep_masks", "generator", "callback_on_step_end"))
+        return Dialogue(self.model, self._settings(seed, generator, keep_masks, callback_on_step_end))
 
     def generate(
         self,
         prompt: str,
-        num_images: int = 1,
+        num_images_per_prompt: int = 1,
         *,
         batch_size: int = 4,
         seed: int = 0,
-        callback: Callable[[Step, Canvas], None] | None = None,
+        generator: Generators | None = None,
+        callback_on_step_end: Callback | None = None,
+        **unknown: Any,
     ) -> list[Image.Image]:
         """Pictures of a description. Picture i depends on (seed, i) only. The prompt is read once for all of them."""
-        num_images, batch_size = whole(num_images, "the number of images", 1), whole(batch_size, "the batch size", 1)
+        refuse(unknown, ("num_images_per_prompt", "batch_size", "seed", "generator", "callback_on_step_end"))
+        num_images = whole(num_images_per_prompt, "the number of images", 1)
+        batch_size = whole(batch_size, "the batch size", 1)
         if not string(prompt, "the prompt").strip():
             raise VgenError("a prompt needs text: say what to make")
-        settings, context = self._settings(seed, False, callback), Context(self.model)
+        settings = self._settings(seed, generator, False, callback_on_step_end)
+        context = Context(self.model)
         context.read(self.model.vocabulary.prompt(GENERATE.format(caption=prompt)))
         images = []
         for begin in range(0, num_images, batch_size):
@@ -120,14 +134,16 @@ class UnifiedPipeline:
         region_first: bool = False,
         refine: bool = False,
         seed: int = 0,
-        callback: Callable[[Step, Canvas], None] | None = None,
+        generator: Generators | None = None,
+        callback_on_step_end: Callback | None = None,
+        **unknown: Any,
     ) -> Image.Image:
         """The picture, changed as the instruction says.
 
         region_first: a round before it makes a picture of the region to change; refine: a round behind it asks for more clarity. With both this
         is the release's recommended dialogue.
         """
-        dialogue = self.dialogue(seed, callback=callback)
+        dialogue = self.dialogue(seed, generator=generator, callback_on_step_end=callback_on_step_end, **unknown)
         if not string(instruction, "the instruction").strip():
             raise VgenError("a prompt needs text: say what to change")
         image = open_picture(image)
@@ -144,11 +160,18 @@ class UnifiedPipeline:
         """What the model says to a question about a picture, in at most `limit` words of its vocabulary."""
         return self.dialogue(seed).say(open_picture(image), question, limit=limit).text
 
-    def _settings(self, seed: int, keep_masks: bool, callback: Callable[[Step, Canvas], None] | None) -> Settings:
-        seed = whole(seed, "the seed", 0, LARGEST)
-        changes: dict[str, Any] = {} if callback is None else {"callback": callback}
+    def _settings(
+        self, seed: int, generator: Generators | None, keep_masks: bool, callback: Callback | None
+    ) -> Settings:
+        check_callback(callback)
+        if isinstance(generator, list | tuple):
+            raise VgenError("pictures of one dialogue or prompt share its cache and its seed: give one generator")
+        drawn = seeds_of(seed, generator, 1)
+        changes: dict[str, Any] = {}
+        if callback is not None:
+            changes["callback"] = lambda step, canvas: callback(self, step.index, step, {"canvas": canvas})
         return replace(
-            self.settings, noise=lambda samples: PhiloxNoise(seed, samples), keep_masks=keep_masks, **changes
+            self.settings, noise=lambda samples: PhiloxNoise(drawn, samples), keep_masks=keep_masks, **changes
         )
 
 

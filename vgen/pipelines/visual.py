@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
@@ -20,25 +23,24 @@ from torch import Tensor
 from vgen.errors import VgenError
 from vgen.layers.pictures import Picture
 from vgen.layers.pixels import to_images
+from vgen.pipelines.calls import OUTPUTS, Callback, Generators, check_callback, check_output, joined, refuse, seeds_of
 from vgen.pipelines.components import INDEX, parts_of, shipped_folder
 from vgen.samplers.choice import SamplingSettings, TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import LARGEST, PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order, Step
+from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order
 from vgen.tokenizers_vis.base import decode_each
 from vgen.values import real, several, shown, string, whole
 
 if TYPE_CHECKING:
     from vgen.pipelines.inpainting import Painting
 
-    pass
-
 ENCODED = (
     1024  # prompts that a frozen text encoder turns into features at a time: of FLAN-T5-XL they take half a GB to 1 GB
 )
-Callback = Callable[[Step, Canvas], None]
+Images = list[Image.Image] | np.ndarray | Tensor  # by `output_type`: see OUTPUTS
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Stats:
 
     def add(self, batch: Batch) -> None:
         """One finished batch."""
-        self.images += len(batch.images)
+        self.images += len(batch.numbers)
         self.batches += 1
         self.calls += batch.counters.calls
         self.call_rows += batch.counters.call_rows
@@ -75,9 +77,9 @@ class Stats:
 
 @dataclass
 class VisualOutput(BaseOutput):
-    """images: PIL images; tokens: [M, N] int64, or [M, N, C] floats; stats: cost of the run."""
+    """images: as `output_type` says; tokens: [M, N] int64, or [M, N, C] floats; stats: cost of the run."""
 
-    images: list[Image.Image]
+    images: Images
     tokens: Tensor
     stats: Stats
 
@@ -88,7 +90,7 @@ class Batch:
     made for (condition), and the cost of the batch."""
 
     numbers: list[int]
-    images: list[Image.Image]
+    images: Images
     tokens: Tensor
     condition: Condition
     counters: Counters
@@ -192,33 +194,50 @@ class Sampler(ConfigMixin):
         """A pipeline whose weights come with the package; no network needed."""
         return cls.open(shipped_folder(name))
 
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """As diffusers' pipelines, where there is none."""
+        from tqdm import tqdm
+
+        return tqdm(iterable, total=total, **self.__dict__.get("_progress_bar_config", {}))
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """As diffusers' pipelines: options of tqdm, such as disable=True."""
+        self._progress_bar_config = config
+
     def __call__(
         self,
         prompt: str | Iterable[str] | None = None,
         class_labels: int | str | Iterable[int | str] | None = None,
+        *,
+        return_dict: bool = True,
+        progress: bool = True,
         **settings: Any,
-    ) -> VisualOutput:
-        """Makes `num_images` pictures for every prompt or class label and returns all of them. settings: as for `stream`."""
+    ) -> VisualOutput | tuple[Any, ...]:
+        """Makes `num_images_per_prompt` pictures for every prompt or class label and returns all of them.
+
+        return_dict: False for a tuple, whose first entry is the pictures. The others: as for `stream`.
+        """
         start = time.perf_counter()
         stats, tokens, images = Stats(), [], []
-        for batch in self.stream(prompt, class_labels, **settings):
+        for batch in self.stream(prompt, class_labels, progress=progress, **settings):
             stats.add(batch)
             tokens.append(batch.tokens)
-            images += batch.images
+            images.append(batch.images)
         stats.seconds = time.perf_counter() - start
-        return VisualOutput(images=images, tokens=torch.cat(tokens) if tokens else torch.empty(0), stats=stats)
+        output = VisualOutput(joined(images), torch.cat(tokens) if tokens else torch.empty(0), stats)
+        return output if return_dict else output.to_tuple()
 
     def stream(
         self,
         prompt: str | Iterable[str] | None = None,
         class_labels: int | str | Iterable[int | str] | None = None,
         *,
-        num_images: int = 1,
+        num_images_per_prompt: int = 1,
         first: int = 0,
         skip: Container[int] = (),
         batch_size: int = 16,
         order: str | Order | None = None,
-        steps: int | None = None,
+        num_inference_steps: int | None = None,
         order_options: dict[str, Any] | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
@@ -230,37 +249,52 @@ class Sampler(ConfigMixin):
         low_guidance_scale: float | None = None,
         low_substeps: int | str | None = None,
         seed: int = 0,
+        generator: Generators | None = None,
         init_image: Picture | None = None,
         mask: Picture | None = None,
         outpaint: Sequence[float] | None = None,
         paste_back: bool = True,
         size: tuple[int, int] | None = None,
-        callback: Callback | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        progress: bool = False,
+        **unknown: Any,
     ) -> Iterator[Batch]:
-        """`num_images` pictures for every prompt or class label, batch by batch as they are finished: memory stays flat.
+        """`num_images_per_prompt` pictures for every prompt or class label, batch by batch as they are finished: memory stays flat.
 
         first: number of the first picture; skip: numbers that are not made (what is there already), asked when their turn comes.
-        order: a name for `make_order` (with `order_options`) or an Order; steps: forward passes where the order leaves
-        the count free; substeps: of every continuous token; low_*: of the small picture that some models make first, where
+        order: a name for `make_order` (with `order_options`) or an Order; num_inference_steps: forward passes where the
+        order leaves the count free; substeps: of every continuous token; low_*: of the small picture that some models make first, where
         the others are for the whole one; init_image and mask: white areas of the mask are made anew, tokens under black areas stay;
         outpaint: new margins (left, top, right, bottom) around the init image, ints in its pixels, floats as shares of its sides
         (`read_painting`); paste_back: what stays has the init image's own pixels, with a soft seam, instead of the tokenizer's;
         size: (height, width) of the pictures where the tokens leave it open (FlexTok; None: what the tokenizer was made for);
-        callback(step, canvas) is called after every step. Picture i depends on (seed, i) only, not on `batch_size`, `first` or
-        `skip`. Raises VgenError for anything that does not fit, before the first picture.
+        output_type: 'pil', 'np' ([B, H, W, 3] in [0, 1]), 'pt' ([B, 3, H, W] in [0, 1]) or 'latent' (the tokens, not decoded);
+        callback_on_step_end(pipeline, index, step, {"canvas": canvas}) is called after every step of a batch; progress: a bar of the
+        steps of each batch (`set_progress_bar_config`). Picture i depends on (seed, i) only, not on `batch_size`, `first` or `skip`.
+
+        generator: a torch.Generator from which the seed is drawn (32 bits: the next
+        call with it makes other pictures), or a list with one for every picture: picture i is then decoded by itself and is picture 0
+        of a call with generator[i] alone. Raises VgenError for anything that does not fit, before the first picture.
         """
-        num_images = whole(num_images, "the number of images", 1)
+        refuse(unknown, inspect.signature(self.stream).parameters)
+        num_images = whole(num_images_per_prompt, "the number of images", 1)
         batch_size = whole(batch_size, "the batch size", 1)
-        first, seed = whole(first, "the number of the first picture", 0, LARGEST), whole(seed, "the seed", 0, LARGEST)
-        if callback is not None and not callable(callback):
-            raise VgenError(f"callback must be a function of (step, canvas), got {shown(callback)}")
+        first = whole(first, "the number of the first picture", 0, LARGEST)
+        check_callback(callback_on_step_end)
+        check_output(output_type)
         _check_low(self.model, low_guidance_scale, low_substeps)
         subjects = self._subjects(prompt, class_labels)
         whole(first + len(subjects) * num_images - 1, "the number of the last picture", 0, LARGEST)
         guidance = self._guidance(guidance_scale, guidance_schedule, low_guidance_scale)
         choice = self._choice(temperature, top_k, top_p, substeps, low_substeps)
-        order = self.make_order(order, steps, seed, order_options, low_steps)
-        self.model.check_order(order)
+        seeds = seeds_of(seed, generator, len(subjects) * num_images)
+
+        def order_of(seed: int) -> Order:
+            return self.make_order(order, num_inference_steps, seed, order_options, low_steps)
+
+        made = order_of(seeds[0] if isinstance(seeds, list) else seeds)
+        self.model.check_order(made)
         painting = None
         if any(given is not None for given in (init_image, mask, outpaint)):
             from vgen.pipelines.inpainting import read_painting  # it imports torchvision, which only pictures need
@@ -271,18 +305,34 @@ class Sampler(ConfigMixin):
         block = ENCODED if hasattr(self.model.vocabulary, "encoder") else len(subjects)
         condition = self._condition(subjects[:block])
 
+        decoded = partial(
+            self._batch,
+            guidance=guidance,
+            choice=choice,
+            painting=painting,
+            paste_back=paste_back,
+            shape=shape,
+            output_type=output_type,
+            callback=callback_on_step_end,
+            progress=progress,
+        )
+        size_of_batch = 1 if isinstance(seeds, list) else batch_size
+
         def batches() -> Iterator[Batch]:
             part = condition
             for begin in range(0, len(subjects), block):
                 part = self._condition(subjects[begin : begin + block]) if begin else part
                 start = begin * num_images
                 wanted = [i for i in range(start, start + len(part.mask) * num_images) if first + i not in skip]
-                for at in range(0, len(wanted), batch_size):
-                    places = torch.tensor(wanted[at : at + batch_size])
+                for at in range(0, len(wanted), size_of_batch):
+                    places = torch.tensor(wanted[at : at + size_of_batch])
                     mine = part.take((places - start) // num_images)
-                    yield self._batch(
-                        first + places, mine, order, guidance, choice, seed, painting, paste_back, shape, callback
-                    )
+                    if isinstance(seeds, list):
+                        own = seeds[wanted[at]]
+                        batch = decoded(torch.zeros(1, dtype=torch.long), mine, order_of(own), seed=own)
+                        yield replace(batch, numbers=[first + wanted[at]])
+                    else:
+                        yield decoded(first + places, mine, made, seed=seeds)
 
         return batches()
 
@@ -292,24 +342,34 @@ class Sampler(ConfigMixin):
         samples: Tensor,
         condition: Condition,
         order: Order,
+        *,
         guidance: Guidance,
         choice: Any,
         seed: int,
         painting: Painting | None,
         paste_back: bool,
         shape: dict[str, tuple[int, int]],
+        output_type: str,
         callback: Callback | None,
+        progress: bool,
     ) -> Batch:
         """Decodes the pictures of these numbers [B]."""
         canvas = self._canvas(samples, painting)
         conditions = [condition] if len(guidance.rows) == 1 else [condition, self.model.null(condition)]
         state = self.model.start(conditions, canvas)
-        for step, _ in decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples)):
-            if callback is not None:
-                callback(step, canvas)
-        images = self.decode_tokens(canvas.values, condition, samples=samples, seed=seed, **shape)
-        if painting is not None and paste_back:
-            images = painting.paste(images)
+        steps = decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples))
+        with self.progress_bar(total=order.calls) if progress else nullcontext() as bar:
+            for index, (step, _) in enumerate(steps):
+                if bar is not None:
+                    bar.update()
+                if callback is not None:
+                    callback(self, index, step, {"canvas": canvas})
+        images = []
+        if output_type != "latent":
+            images = self.decode_tokens(canvas.values, condition, samples=samples, seed=seed, **shape)
+            if painting is not None and paste_back:
+                images = painting.paste(images)
+        images = OUTPUTS[output_type](images, canvas.values)
         return Batch(samples.tolist(), images, canvas.values, condition, state.counters)
 
     def fingerprint(self) -> str:

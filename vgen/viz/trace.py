@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ BLANK = (226, 228, 232)  # cells that are not decoded yet
 
 
 class Trace:
-    """Collects the canvas of one batch after every step; pass it as `callback` and render it afterwards.
+    """Collects the canvas of one batch after every step; pass it as `callback_on_step_end` and render it afterwards.
 
     limit: how many samples of the first batch are kept. Of a canvas with several levels it shows the one that is being decoded.
     """
@@ -30,7 +31,8 @@ class Trace:
         ] = []  # tokens of all levels, level from the end, known [B, T, H, W]
         self.closed = False
 
-    def __call__(self, step: Step, canvas: Canvas) -> None:
+    def __call__(self, pipeline: Any, index: int, step: Step, values: dict[str, Any]) -> None:
+        canvas: Canvas = values["canvas"]
         if step.index == 0:
             self.closed = bool(self.states)  # a second batch begins: the animation shows the first
         if not self.closed:

@@ -301,9 +301,9 @@ def test_a_pipeline_has_one_table(tmp_path):
     assert torch.equal(again(class_labels=[0, 4], seed=1).tokens, result.tokens)
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 4, 8, 8))
-    kept = pipe(class_labels=0, init_image=result.images[0], mask=mask, steps=2).tokens[0, :8]
+    kept = pipe(class_labels=0, init_image=result.images[0], mask=mask, num_inference_steps=2).tokens[0, :8]
     assert torch.equal(
-        kept, pipe(class_labels=3, init_image=result.images[0], mask=mask, steps=2, seed=9).tokens[0, :8]
+        kept, pipe(class_labels=3, init_image=result.images[0], mask=mask, num_inference_steps=2, seed=9).tokens[0, :8]
     )
 
 

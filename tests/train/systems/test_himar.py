@@ -66,7 +66,7 @@ def test_it_learns_and_becomes_a_pipeline_of_two_levels(trained):
     pipe = VisualPipeline.from_pretrained(trained.model)
     assert pipe.config.order == "random:steps=3,schedule=mar" and pipe.grids == ((1, 2, 2), (1, 4, 4))
     trace = Trace()
-    made = pipe(["sign minus", "sign plus"], num_images=4, seed=1, callback=trace)
+    made = pipe(["sign minus", "sign plus"], num_images_per_prompt=4, seed=1, callback_on_step_end=trace)
     assert made.stats.calls == 2 + 3 and made.stats.tokens == 8 * 20 and made.images[0].size == (8, 8)
     for level in (slice(4), slice(4, 20)):  # +-1 in the first channel, 0 in the others, with a deviation of 0.1
         size = made.tokens[:, level].abs().mean(dim=(0, 1))
@@ -77,7 +77,7 @@ def test_it_learns_and_becomes_a_pipeline_of_two_levels(trained):
     assert len(frames) == 5 and len({frame.size for frame in frames}) == 1
 
     # settings of the small picture
-    assert pipe("sign minus", low_steps=4, steps=2).stats.calls == 6
+    assert pipe("sign minus", low_steps=4, num_inference_steps=2).stats.calls == 6
     free = pipe("sign minus", guidance_scale=1.0, seed=1).tokens
     both = pipe("sign minus", guidance_scale=1.0, low_guidance_scale=1.0, seed=1)
     assert both.stats.call_rows == 5 and not torch.equal(free[:, :4], both.tokens[:, :4])
@@ -90,7 +90,7 @@ def test_it_learns_and_becomes_a_pipeline_of_two_levels(trained):
     # inpainting: both levels keep what the mask does not touch
     mask = Image.new("L", (8, 8), 0)
     mask.paste(255, (4, 0, 8, 8))
-    kept = pipe("sign plus", init_image=made.images[0], mask=mask, seed=2, num_images=2).tokens
+    kept = pipe("sign plus", init_image=made.images[0], mask=mask, seed=2, num_images_per_prompt=2).tokens
     known = [row * 2 for row in range(2)] + [4 + row * 4 + column for row in range(4) for column in range(2)]
     assert torch.equal(kept[0, known], kept[1, known]) and not torch.equal(kept[0], kept[1])
 

@@ -44,7 +44,7 @@ def test_it_learns_what_the_captions_say_and_samples_it(config_of, head, substep
     assert summary.figures["loss"] < 0.9
     pipe = VisualPipeline.from_pretrained(summary.model)
     assert pipe.config.order == "random:steps=4,schedule=mar" and pipe.model.config.head == head
-    made = pipe(["sign minus", "sign plus"], num_images=4, seed=1)
+    made = pipe(["sign minus", "sign plus"], num_images_per_prompt=4, seed=1)
     assert made.stats.calls == 4 and made.images[0].size == (8, 8)
     minus, plus = made.tokens[:, :, 0].view(2, -1)
     assert (minus < 0).float().mean() > 0.8 and (plus > 0).float().mean() > 0.8

@@ -105,7 +105,7 @@ def test_latents_are_learned_from_captions(config_of, clip):
     summary = train(config)
     pipe = VisualPipeline.from_pretrained(summary.model)
     pipe.model.read_words({"text_encoder": Path(clip)})
-    made = pipe(["sign minus", "sign plus"], num_images=2, seed=1, steps=4)
+    made = pipe(["sign minus", "sign plus"], num_images_per_prompt=2, seed=1, num_inference_steps=4)
     minus, plus = made.tokens[:, :, 0].view(2, -1)
     assert (minus < 0).float().mean() > 0.8 and (plus > 0).float().mean() > 0.8
 

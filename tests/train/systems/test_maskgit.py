@@ -50,7 +50,7 @@ def test_it_learns_what_the_captions_say_and_samples_it(config_of):
     # Pattern k has the codes 8k … 8k + 7.
     one, three = made.tokens // 8
     assert (one == 0).float().mean() > 0.8 and (three == 2).float().mean() > 0.8
-    assert pipe("pattern one", seed=1, steps=7).stats.calls == 7
+    assert pipe("pattern one", seed=1, num_inference_steps=7).stats.calls == 7
     with pytest.raises(VgenError, match="'zebra'"):
         pipe("pattern zebra")
 
@@ -59,7 +59,7 @@ def test_the_other_network_by_classes(config_of):
     config = config_of("steps=4", "evaluate_every=0", "condition.kind=class", size="S-128")
     pipe = VisualPipeline.from_pretrained(train(config).model)
     assert type(pipe.model).__name__ == "MaskGITUViT"
-    result = pipe(class_labels=[0, 3], seed=1, order="random", steps=3)
+    result = pipe(class_labels=[0, 3], seed=1, order="random", num_inference_steps=3)
     assert result.tokens.shape == (2, 16) and result.stats.calls == 3
     with pytest.raises(VgenError, match="0 to 3, got 4"):
         pipe(class_labels=4)

@@ -50,7 +50,7 @@ def test_it_learns_what_the_captions_say_and_samples_it(config_of):
     pipe = VisualPipeline.from_pretrained(summary.model)
     assert isinstance(pipe.tokenizer, TokenBridge) and pipe.tokenizer.spec.levels == 8
     assert sorted(pipe.model.config.channel_order) == [0, 1, 2]
-    made = pipe(["sign minus", "sign plus"], num_images=4, seed=1)
+    made = pipe(["sign minus", "sign plus"], num_images_per_prompt=4, seed=1)
     assert made.stats.calls == 4 and made.images[0].size == (8, 8) and made.tokens.dtype == torch.int64
     minus, plus = pipe.tokenizer.latents(made.tokens)[:, :, 0].view(2, -1)
     assert (minus < 0).float().mean() > 0.8 and (plus > 0).float().mean() > 0.8

@@ -37,7 +37,7 @@ def config_of(latent_config):
 def test_it_learns_what_the_captions_say_and_samples_it(config_of):
     summary = train(config_of())
     pipe = VisualPipeline.from_pretrained(summary.model)
-    made = pipe(["sign minus", "sign plus"], num_images=2, seed=1)
+    made = pipe(["sign minus", "sign plus"], num_images_per_prompt=2, seed=1)
     assert made.stats.calls == 8 * 4 and made.images[0].size == (8, 8)
     minus, plus = made.tokens[:, :, 0].view(2, -1)
     assert (minus < 0).float().mean() > 0.8 and (plus > 0).float().mean() > 0.8
