@@ -5,7 +5,7 @@ every block a mixture of experts beside one shared expert. Granite takes the sof
 renormalises the chosen probabilities, which is equal. Two things are ours: routers with a gate per modality, and rope
 without buffers. Names of the published files are translated in `ming_files.py`.
 
-This module imports transformers (5.23 or newer, where the experts are stacked tensors) and is imported only where a model
+This module imports transformers (5.14 or newer, where the experts are stacked tensors) and is imported only where a model
 is made. Shapes: B rows, n tokens, L keys, D width, E experts, H heads, V words.
 """
 
@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,23 @@ from vgen.models.ming.files import TEXT_GATE
 
 # transformers 5.24 renamed the argument.
 CACHE = "cache" if "cache" in inspect.signature(GraniteMoeSharedModel.forward).parameters else "past_key_values"
+
+
+def _router_places() -> dict[str, int]:
+    """Where the stock router returns its logits, weights and indices: transformers swapped the first and the last.
+
+    Asked of a router over 3 experts of which 2 are chosen: the three differ in width and dtype.
+    """
+    with torch.device("meta"):
+        router = GraniteMoeSharedTopKRouter(SimpleNamespace(hidden_size=1, num_local_experts=3, num_experts_per_tok=2))
+        answer = router(torch.empty(1, 1))
+    return {
+        "logits" if part.shape[-1] == 3 else "weights" if part.is_floating_point() else "index": place
+        for place, part in enumerate(answer)
+    }
+
+
+ROUTER_PLACES = _router_places()
 INIT = 0.006  # standard deviation of fresh weights, from the release's config
 # The stock blocks hand nothing but hidden states to their router, so the tokens' modalities reach it beside the call.
 _modality: ContextVar[Tensor | None] = ContextVar("modality", default=None)
@@ -53,8 +71,8 @@ class ModalityRouter(GraniteMoeSharedTopKRouter):
         self.weight = nn.Parameter(torch.empty(gates, *self.weight.shape))
         nn.init.normal_(self.weight, std=config.initializer_range)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B n, D] -> logits [B n, E] fp32, weights and indices [B n, k] of the chosen experts."""
+    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """[B n, D] -> logits [B n, E] fp32, weights and indices [B n, k] of the chosen experts, in the stock router's order."""
         modality = _modality.get()
         if modality is None or len(self.weight) == 1:
             logits = F.linear(hidden, self.weight[TEXT_GATE])
@@ -63,7 +81,8 @@ class ModalityRouter(GraniteMoeSharedTopKRouter):
             logits = every[torch.arange(len(hidden), device=hidden.device), modality.flatten()]
         logits = logits.float()
         chosen, index = logits.topk(self.top_k, dim=-1)
-        return logits, chosen.softmax(dim=-1).type_as(hidden), index
+        parts = {"logits": logits, "weights": chosen.softmax(dim=-1).type_as(hidden), "index": index}
+        return tuple(parts[name] for name in sorted(parts, key=ROUTER_PLACES.__getitem__))
 
 
 class Rotary(nn.Module):

@@ -386,7 +386,7 @@ def _language_model() -> type[MingLLM]:
         from vgen.models.ming.llm import MingLLM
     except ImportError as error:
         raise VgenError(
-            f"Ming-UniVision needs transformers 5.23 or newer for its language model ({error}): install the extra 'text' "
+            f"Ming-UniVision needs transformers 5.14 or newer for its language model ({error}): install the extra 'text' "
             "(pip install -U 'vgen[text]')"
         ) from error
     return MingLLM
