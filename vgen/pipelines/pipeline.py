@@ -10,12 +10,20 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from vgen.errors import VgenError, first_line
-from vgen.pipelines.components import names_moved_modules, parts_of, shipped_folder
+from vgen.pipelines.components import ROLES, names_moved_modules, parts_of, shipped_folder
 from vgen.pipelines.visual import Sampler
 
 
 class VisualPipeline(DiffusionPipeline, Sampler):
     """A tokenizer and a generator that fit together, as a pipeline of diffusers. Arguments and calls: see `Sampler`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ROLES and value is not None:
+            # diffusers writes the last folder of a module alone where one of its own pipelines has that name: of
+            # vgen.models.lumina.lumina it would keep "lumina", which no one could open.
+            kind = type(getattr(value, "_orig_mod", value))
+            self.register_to_config(**{name: (kind.__module__, kind.__name__)})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VisualPipeline:
