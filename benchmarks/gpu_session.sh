@@ -22,7 +22,7 @@ for stage in $stages; do
             python benchmarks/emoji_orders.py --model runs/emoji/anyorder_16x16/model --tokens runs/tokens/emoji_16x16 --out "$out/emoji_orders_16x16"
             ;;
         families)
-            python -m vgen.cli.main tokenize --model vgen/assets/emoji/tokenizer --data data/emoji --out runs/tokens/emoji
+            python -m vgen.cli.main tokenize --model emoji-vq --data data/emoji --out runs/tokens/emoji
             python benchmarks/emoji_families.py --out "$out/emoji_families" 2>&1 | tee "$out/families.log"
             ;;
         tokenizers)
@@ -31,7 +31,7 @@ for stage in $stages; do
             python benchmarks/emoji_tokenizers.py --model emoji-vq --model emoji-titok --model runs/emoji/flextok/model --model emoji-kl --out "$out/emoji_tokenizers"
             ;;
         continuous)
-            python -m vgen.cli.main tokenize --model vgen/assets/tokenizers/emoji-kl --data data/emoji --out runs/tokens/emoji_kl --low-res 32
+            python -m vgen.cli.main tokenize --model emoji-kl --data data/emoji --out runs/tokens/emoji_kl --low-res 32
             python benchmarks/emoji_continuous.py --out "$out/emoji_continuous" 2>&1 | tee "$out/continuous.log"
             ;;
         *) echo "unknown stage $stage" >&2; exit 2 ;;

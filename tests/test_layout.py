@@ -17,6 +17,7 @@ DIRECTION = [
     "vgen.saved",
     "vgen.sizes",
     "vgen.yaml12",
+    "vgen.recipes",
     "vgen.settings",
     "vgen.metrics",
     "vgen.checkpoints",
@@ -74,8 +75,8 @@ def test_imports_point_one_way(name, path):
 def test_package_list_is_complete():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {name for name, path in modules() if path.name == "__init__.py"}
-    assert set(settings["packages"]) == found | {"vgen.published"}
-    assert (ROOT / settings["package-dir"]["vgen.published"]).is_dir() and settings["package-data"]["vgen.published"]
+    assert set(settings["packages"]) == found | {"vgen.configs"}
+    assert (ROOT / settings["package-dir"]["vgen.configs"]).is_dir() and settings["package-data"]["vgen.configs"]
 
 
 def test_import_is_lazy():

@@ -31,6 +31,7 @@ from vgen.convert.published import names
 from vgen.data.emoji import build_emoji
 from vgen.errors import VgenError
 from vgen.pipelines.components import SHIPPED
+from vgen.recipes import find_config
 from vgen.samplers.orders import make_order
 from vgen.settings import merge, parse_overrides, read_yaml
 from vgen.tokenizers_vis.registry import SHIPPED as TOKENIZERS
@@ -209,7 +210,7 @@ def check_install(words: list[str]) -> None:
         "python sample.py --prompt ghost --order rastre",
         "python sampel.py --prompt ghost",
         "python sample.py --model llamagen-c2i-B-265 --class-label 207 --checkpoint-dir ~/checkpoints --out outputs/dog.png",
-        "vgen train configs/emoji/nothing.yaml",
+        "vgen train emoji/nothing",
         "vgen reconstruct --model emoji-nothing --input data/emoji --out outputs/x.png",
         "vgen data emojis --out data/emoji --size 64",
         'pip install -e ".[nothing]"',
@@ -251,7 +252,7 @@ def mentions() -> Iterator[tuple[str, str, bool]]:
 
 def expanded(text: str) -> list[str]:
     """ "a/{b,c}.yaml" -> both; placeholders of the texts become something that exists."""
-    text = re.sub(r"\bCONFIG\b", "configs/emoji/anyorder.yaml", text)
+    text = re.sub(r"\bCONFIG\b|\bmine\.yaml$", "emoji/anyorder", text.removesuffix(" > mine.yaml"))
     braces = re.search(r"\{([\w,]+)\}", text)
     texts = [text] if not braces else [text.replace(braces[0], part) for part in braces[1].split(",")]
     return [each.replace("COMMAND", name) for each in texts for name in (COMMANDS if "COMMAND" in each else [""])]
@@ -287,8 +288,12 @@ def test_a_command_of_the_texts_exists(place, text, whole):
     except (SystemExit, VgenError):
         pytest.fail(f"{place}: `{text}` is no command of vgen")
     if given[0] == "train" and args.config:
-        settings = read_yaml(ROOT / args.config), parse_overrides([word for word in args.overrides if "…" not in word])
+        changes = parse_overrides([word for word in args.overrides if "…" not in word])
+        settings = read_yaml(find_config(args.config)), changes
         check_common(merge(system_module(settings[0]["system"]).Config, *settings))
+    if given[0] == "configs":
+        assert args.name in (None, "emoji") or find_config(args.name).is_file()
+        return
     model = str(getattr(args, "model", None) or getattr(args, "name", None) or SHIPPED[0])
     if model.startswith(("runs/", "vgen/")):  # what another command of these texts wrote, or what is in the package
         assert model in EXPORTED or (ROOT / model).is_dir(), f"{place}: nothing writes {model}"

@@ -25,7 +25,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises VgenError when it is missing, broken, or not a mapping."""
     path = Path(path)
     if not path.is_file():
-        raise VgenError(f"there is no config file {path}; configs are YAML files such as configs/emoji/tokenizer.yaml")
+        raise VgenError(
+            f"there is no config file {path}; configs are YAML files, and `vgen configs` lists those that come with vgen"
+        )
     try:
         content = yaml12.load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:

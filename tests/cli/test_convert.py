@@ -27,7 +27,7 @@ def checkpoints(tmp_path, monkeypatch):
     folder, files = tmp_path / "registry", tmp_path / "files"
     folder.mkdir()
     files.mkdir()
-    monkeypatch.setattr(registry, "FOLDERS", (folder,))
+    monkeypatch.setattr(registry, "folder", lambda: folder)
     published.cache_clear()
     (folder / "tiny-vq.yaml").write_text(f"{COMMON}kind: tokenizer\nfamily: vq\nfiles: [vq.pt]\noptions: {OPTIONS}\n")
     (folder / "tiny.yaml").write_text(

@@ -34,7 +34,7 @@ def files(tmp_path, monkeypatch):
     registry_folder, checkpoints = tmp_path / "registry", tmp_path / "checkpoints"
     registry_folder.mkdir()
     checkpoints.mkdir()
-    monkeypatch.setattr(registry, "FOLDERS", (registry_folder,))
+    monkeypatch.setattr(registry, "folder", lambda: registry_folder)
     published.cache_clear()
     (registry_folder / "tiny.yaml").write_text(
         f"{COMMON}kind: generator\nfamily: llamagen\nrepo: a/b\nfiles: [tiny.pt]\nsize: B\noptions: {OPTIONS}\ntokenizer: tiny-vq\n"

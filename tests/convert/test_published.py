@@ -386,7 +386,7 @@ weights_licence: none stated
 
 @pytest.fixture
 def entry(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "FOLDERS", (tmp_path,))
+    monkeypatch.setattr(registry, "folder", lambda: tmp_path)
     published.cache_clear()
     yield lambda text: (tmp_path / "mine.yaml").write_text(text)
     published.cache_clear()
@@ -414,9 +414,3 @@ def test_a_broken_entry_is_an_error(entry, old, new, message):
     entry(GOOD.replace(old, new))
     with pytest.raises(VgenError, match=message):
         published("mine")
-
-
-def test_a_missing_list_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "FOLDERS", (tmp_path / "a", tmp_path / "b"))
-    with pytest.raises(VgenError, match="install vgen again"):
-        names()

@@ -90,7 +90,7 @@ def test_a_saved_model_makes_the_same_pictures(pipe, tmp_path):
 
 
 def test_the_registry_gives_a_visual_pipeline_with_the_models_own_tokenizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "FOLDERS", (tmp_path,))
+    monkeypatch.setattr(registry, "folder", lambda: tmp_path)
     published.cache_clear()
     (tmp_path / "tiny.yaml").write_text(
         "version: 1\npaper: none\nnesting: folder\ncode_licence: MIT\nweights_licence: none stated\nkind: generator\n"

@@ -19,6 +19,7 @@ from vgen.errors import VgenError, in_words, nearest
 COMMANDS = {
     "sample": ("sample", "make pictures from words, in any decode order"),
     "train": ("train", "train a tokenizer or a generator from a YAML config"),
+    "configs": ("configs", "list the training configs that come with vgen, or print one"),
     "tokenize": ("tokenize", "cache the visual tokens of a dataset"),
     "convert": ("convert", "turn a published checkpoint into a folder that vgen and diffusers load"),
     "reconstruct": ("reconstruct", "send pictures through a tokenizer and back, and measure what is lost"),

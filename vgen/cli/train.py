@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 EPILOG = """examples:
-  vgen train configs/emoji/tokenizer.yaml                       start, or continue after a stop, crash or kill
-  vgen train configs/emoji/tokenizer.yaml steps=2000 optimizer.lr=5e-4 out=runs/try
-  vgen train configs/emoji/tokenizer.yaml --dry-run             check the config and count parameters
-  vgen train configs/emoji/anyorder.yaml --export model/        write the model of the newest checkpoint
-  accelerate launch --num_processes 4 -m vgen.train configs/emoji/anyorder.yaml             several GPUs
-  ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m vgen.train configs/emoji/anyorder.yaml   several CPU processes
+  vgen train emoji/tokenizer                       start, or continue after a stop, crash or kill
+  vgen train emoji/tokenizer steps=2000 optimizer.lr=5e-4 out=runs/try
+  vgen train mine.yaml                             a config of your own: `vgen configs emoji/tokenizer > mine.yaml` is a start
+  vgen train emoji/tokenizer --dry-run             check the config and count parameters
+  vgen train emoji/anyorder --export model/        write the model of the newest checkpoint
+  accelerate launch --num_processes 4 -m vgen.train emoji/anyorder             several GPUs
+  ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m vgen.train emoji/anyorder   several CPU processes
 
 Settings (key=value) stand right behind CONFIG, options before it or after them.
 Ctrl-C finishes the step, saves and stops; the same command continues with bit-identical results.
@@ -22,9 +23,10 @@ time_limit_minutes, 2 for bad input: `vgen train … && vgen tokenize …` goes 
 def check(args: argparse.Namespace) -> None:
     """Refuses, before torch is imported, what no look at the data is needed for."""
     from vgen.files import check_folder
+    from vgen.recipes import find_config
     from vgen.settings import parse_overrides, read_yaml
 
-    read_yaml(args.config)
+    read_yaml(find_config(args.config))
     parse_overrides(args.overrides)
     if args.export:
         check_folder(args.export)
@@ -32,7 +34,11 @@ def check(args: argparse.Namespace) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vgen train`."""
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/emoji/tokenizer.yaml")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a config that comes with vgen (`vgen configs`), e.g. emoji/tokenizer, or the path of a YAML file",
+    )
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace those of the file"
     )

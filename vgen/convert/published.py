@@ -1,6 +1,6 @@
 """The registry of published checkpoints: where each one lives, what it is, how its paper samples it, what it scored.
 
-One YAML file per checkpoint in `configs/published/` (installed as `vgen/published/`); its stem is the checkpoint's name. They
+One YAML file per checkpoint in `configs/published/` (installed as `vgen/configs/published/`); its stem is the checkpoint's name. They
 are facts about other people's releases, with their licences: vgen ships none of these weights.
 """
 
@@ -15,10 +15,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from vgen.errors import VgenError, first_line, nearest
+from vgen.recipes import PUBLISHED, config_folder
 from vgen.settings import merge, read_yaml
 
-HERE = Path(__file__).resolve()
-FOLDERS = (HERE.parents[1] / "published", HERE.parents[2] / "configs" / "published")  # installed; a checkout
 VERSION = 1
 KINDS = ("generator", "tokenizer", "text_encoder")
 NESTINGS = ("flat", "model", "model_ema", "state_dict", "folder")
@@ -132,12 +131,7 @@ FIELDS = (*(part.name for part in fields(Published)), *(f"sampling.{part.name}" 
 
 def folder() -> Path:
     """The folder with the YAML files, of an installed package or of a checkout."""
-    found = next((path for path in FOLDERS if path.is_dir()), None)
-    if found is None:
-        raise VgenError(
-            f"the list of published checkpoints is missing: expected {' or '.join(map(str, FOLDERS))}; install vgen again"
-        )
-    return found
+    return config_folder() / PUBLISHED
 
 
 def names(family: str | None = None, kind: str | None = None) -> list[str]:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from vgen.errors import VgenError, nearest
+from vgen.recipes import find_config
 from vgen.settings import merge, parse_overrides, read_yaml
 from vgen.train.config import OptimizerConfig, TrainConfig, check_common, todays_words
 from vgen.train.precision import resolved
@@ -99,8 +100,8 @@ def system_module(name: str) -> ModuleType:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The checked config of a YAML file and `key=value` overrides: an instance of the named system's Config."""
-    file, changes = read_yaml(path), parse_overrides(overrides)
+    """The checked config of a YAML file (a path, or a name of `vgen configs`) and `key=value` overrides: the system's Config."""
+    file, changes = read_yaml(find_config(path)), parse_overrides(overrides)
     name = {**file, **changes}.get("system")
     if name is None:
         raise VgenError(f"{path} names no system; add `system:` with one of {', '.join(SYSTEMS)}")

@@ -58,7 +58,7 @@ def open_proxy(config: Config) -> MaskGITVQGAN:
     path = Path(config.proxy)
     require(
         path.exists(),
-        f"proxy: {path} does not exist; name the published file, or a folder of `vgen train configs/maskgit/vqgan.yaml`",
+        f"proxy: {path} does not exist; name the published file, or a folder of `vgen train maskgit/vqgan`",
     )
     proxy = open_tokenizer(find_tokenizer(path)) if path.is_dir() else MaskGITVQGAN.from_single_file(path)
     require(isinstance(proxy, MaskGITVQGAN), f"proxy: {path} holds a {type(proxy).__name__}, expected a MaskGITVQGAN")
