@@ -54,7 +54,7 @@ def in_words(error: Exception) -> tuple[int, str]:
     elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("vgen"):
         code, words = (
             2,
-            f"the Python package {error.name} is missing; install it (pip install {error.name}), or vgen again",
+            f"the Python module {error.name} is missing; install vgen again (pip brings what it needs), or the package with that module",
         )
     else:
         kind = type(error).__name__

@@ -151,7 +151,9 @@ def _refuse_unfit(schema: type, layer: Mapping[str, Any], prefix: str) -> None:
             )
             _refuse_unfit(hint, value, f"{prefix}{key}.")
         elif not _fits(value, hint):
-            quote = f""" (put quotes around it: '{key}="{value}"')""" if hint is str and value is not None else ""
+            quote = (
+                f""" (put quotes around it: '{key}="{_as_yaml(value)}"')""" if hint is str and value is not None else ""
+            )
             require(False, f"{prefix}{key} must be {_in_words(hint)}, found {_as_yaml(value)}{quote}")
         elif typing.get_origin(hint) is list and dataclasses.is_dataclass(item := typing.get_args(hint)[0]):
             for index, part in enumerate(value):

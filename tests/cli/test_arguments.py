@@ -67,6 +67,9 @@ def test_existing(tmp_path):
     arguments.existing("--x", None)
     arguments.existing("--x", file, "file")
     arguments.existing("--x", tmp_path, "folder")
+    with pytest.raises(VgenError, match=r"\*.tar does not exist"):
+        arguments.existing_data("--x", tmp_path / "*.tar")
+    (tmp_path / "train-0.tar").touch()
     arguments.existing_data("--x", tmp_path / "*.tar")
     for path, kind, words in (
         (tmp_path / "b" / "c.png", "file", f"there is no {tmp_path / 'b'}\\)"),

@@ -27,6 +27,12 @@ WITHOUT_TORCH = [
     (["reconstruct", "--model", "emoji-vk", "--input", "."], 2),
     (["tokenize", "--model", "emoji-vk", "--data", ".", "--out", "x"], 2),
     (["train", "not/there.yaml"], 2),
+    (["train", "config.yaml", "system=anyordr"], 2),
+    (["train", "config.yaml", "steps=0"], 2),
+    (["train", "config.yaml", "precision=off"], 2),
+    (["train", "config.yaml", "seed=12:30"], 2),
+    (["data", "info", "{000..004}.tar"], 2),
+    (["tokenize", "--model", "emoji-vq", "--data", "nothing/*.tar", "--out", "x"], 2),
     (["sample", "--model", "emojy"], 2),
     (["sample", "--model", "."], 2),
     (["convert", "llamagen-vq1", "--out", "x"], 2),
@@ -38,6 +44,7 @@ WITHOUT_TORCH = [
 
 def test_nothing_heavy_is_imported_for_help_and_refusals(tmp_path):
     """One process for all: what a command imports stays, so none of them imports torch."""
+    (tmp_path / "config.yaml").write_text("version: 1\nsystem: anyorder\nout: run\nsteps: 1\n", encoding="utf-8")
     code = f"""
 import sys
 from vgen.cli.main import main
@@ -105,7 +112,7 @@ def raise_(error):
         (raise_(ValueError()), 1, "a fault of vgen (ValueError); run"),
         (no_memory, 1, "there is not enough memory"),
         (raise_(MemoryError()), 1, "there is not enough memory (MemoryError); give a smaller --batch-size"),
-        (lambda: __import__("surely_not_installed"), 2, "package surely_not_installed is missing"),
+        (lambda: __import__("surely_not_installed"), 2, "module surely_not_installed is missing; install vgen again"),
         (raise_(ModuleNotFoundError("no", name="vgen.gone")), 1, "a fault of vgen"),
         (raise_(KeyboardInterrupt()), 130, "interrupted"),
     ],

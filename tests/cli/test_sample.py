@@ -22,7 +22,9 @@ def test_one_picture_a_sheet_and_a_folder(pipeline_folder, tmp_path, capsys):
     assert sample(pipeline_folder, "--prompt", "red apple", "--num-images", 4, "--out", tmp_path / "four.webp") == 0
     assert Image.open(tmp_path / "four.webp").width > 16
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("# comment\nred apple\n\na cat\n")
+    prompts.write_text(
+        "\ufeff# comment\nred\x0capple\u2028a\r\n\na cat\n", encoding="utf-8"
+    )  # a form feed ends no line
     assert sample(pipeline_folder, "--prompt-file", prompts, "--out", tmp_path / "folder") == 0
     assert names(tmp_path / "folder") == ["00000.png", "00001.png", "samples.jsonl"]
     assert "2 pictures" in capsys.readouterr().out

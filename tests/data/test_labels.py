@@ -95,7 +95,9 @@ def test_shards_of_all_splits_share_one_numbering(tmp_path):
     put(tmp_path, {"manifest.json": {"classes": ["eel", "cat"]}})
     data = open_data(tmp_path)
     assert data.source("train").labels == [1, 0] and data.source("val").labels == [0, -1]
-    assert "1 without a class: labels that are not among the classes of manifest.json, such as 3" in str(data.report)
+    assert "1 without a class: labels that are not among the classes of manifest.json, such as that of 3" in str(
+        data.report
+    )
 
 
 def test_odd_labels_are_counted_and_the_first_decides_nothing(tmp_path):
@@ -105,7 +107,7 @@ def test_odd_labels_are_counted_and_the_first_decides_nothing(tmp_path):
     source, (split,) = data.source("train"), data.report.splits
     assert source.labels == [-1, 3, -1, -1, -1, 1, -1, -1, 0] and source.class_names == ("0", "1", "2", "3")
     assert split.labelled == 3 and split.classes == 3 and sum(split.unlabelled.values()) == 4
-    assert split.unlabelled["labels that are neither number nor name, such as 2"] == 2
+    assert split.unlabelled["labels that are neither number nor name, such as that of 2"] == 2
 
 
 def test_a_loose_picture_beside_classes_is_unlabelled(tmp_path):

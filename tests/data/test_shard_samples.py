@@ -28,7 +28,7 @@ def test_a_member_given_twice_counts_as_extracted(tmp_path):
     )
     data = open_images(tmp_path, size=8)
     assert data.keys == ["0", "1"] and data.captions == ["new", ""] and data[0]["image"][2].min() == 1
-    assert "2 members are given twice in a shard: the last counts" in str(open_data(tmp_path).report)
+    assert "members given twice in a shard: 2, of which the last counts" in str(open_data(tmp_path).report)
 
 
 def test_a_broken_picture_beside_a_readable_one(tmp_path):

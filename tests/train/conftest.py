@@ -1,28 +1,10 @@
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from vgen.data.tokens import write_tokens
 from vgen.tokenizers_vis.kl import KLModel
-from vgen.tokenizers_vis.vq import VQModel
 from vgen.train.system import load_config
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """A folder with train/ (two classes, 6 pictures each) and heldout/ (3 each): squares of one colour on white, 32 px, captioned."""
-    folder = tmp_path / "pictures"
-    colours = {"red": (200, 30, 30), "blue": (30, 30, 200)}
-    for split, count in (("train", 6), ("heldout", 3)):
-        for name, colour in colours.items():
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                image = Image.new("RGB", (32, 32), "white")
-                image.paste(colour, (2 + number, 3, 20 + number, 18 + 2 * number))
-                image.save(folder / split / name / f"{number}.png")
-                (folder / split / name / f"{number}.txt").write_text(f"{name} square number {number}")
-    return folder
 
 
 @pytest.fixture
@@ -45,23 +27,6 @@ def token_sets(tmp_path):
             class_names=("a", "b", "c", "d"),
         )
     return folder
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    """A tiny VQ model (32 codes, 8x8 pixels a token), saved in tmp_path / "tokenizer"."""
-    model = VQModel.of_size(
-        "emoji-f8",
-        ch=8,
-        encoder_ch_mult=[1],
-        decoder_ch_mult=[1],
-        z_channels=8,
-        codebook_size=32,
-        num_groups=4,
-        patch_size=8,
-    )
-    model.save_pretrained(tmp_path / "tokenizer")
-    return model.eval()
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ class VectorQuantizer(nn.Module):
             return None
         return (
             f"the codebook has collapsed: {found.used} of {self.codes} codes were used by the last {found.seen} tokens "
-            f"(perplexity {found.perplexity:.1f}); turn on restart_dead_codes, or raise the entropy ratio"
+            f"(perplexity {found.perplexity:.1f}); set loss.restart_every (unused codes are revived), or raise model.entropy_loss_ratio"
         )
 
     @torch.no_grad()

@@ -117,9 +117,13 @@ def existing(option: str, path: Path | None, kind: str = "file or folder") -> No
 
 
 def existing_data(option: str, path: Path) -> None:
-    """As `existing`, for a dataset: a pattern of shards (`d/*.tar`, `d/{000..009}.tar`) is looked up when it is opened."""
+    """As `existing`, for a dataset, which may be a pattern of shards (`d/*.tar`, `d/{000..009}.tar`)."""
     if not set("*?[{") & set(str(path)):
         existing(option, path)
+        return
+    from vgen.data.splits import layout
+
+    layout(path)
 
 
 def writable_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:

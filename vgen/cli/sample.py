@@ -389,7 +389,8 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
         raise VgenError("give --prompt or --prompt-file, not both")
     if args.prompt_file:
         try:
-            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
+            # Not `splitlines`: a form feed or U+2028 inside a prompt ends no line.
+            lines = args.prompt_file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise VgenError(
                 f"the prompt file {args.prompt_file} cannot be read ({error}); give a UTF-8 text file, one prompt a line"

@@ -23,11 +23,9 @@ time_limit_minutes, 2 for bad input: `vgen train … && vgen tokenize …` goes 
 def check(args: argparse.Namespace) -> None:
     """Refuses, before torch is imported, what no look at the data is needed for."""
     from vgen.files import check_folder
-    from vgen.recipes import find_config
-    from vgen.settings import parse_overrides, read_yaml
+    from vgen.train.config import read_layers
 
-    read_yaml(find_config(args.config))
-    parse_overrides(args.overrides)
+    read_layers(args.config, args.overrides)
     if args.export:
         check_folder(args.export)
 

@@ -58,6 +58,6 @@ class Tally:
         self.unlabelled[reason] += 1
         self.examples.setdefault(reason, key)
 
-    def told(self, counts: Counter[str]) -> dict[str, int]:
-        """`skipped` or `unlabelled` with an example each."""
-        return {f"{reason}, such as {self.examples[reason]}": count for reason, count in counts.items()}
+    def told(self, counts: Counter[str], example: str) -> dict[str, int]:
+        """`skipped` or `unlabelled` with an example each. example: what is said before the name of the sample."""
+        return {f"{reason}, such as {example}{self.examples[reason]}": count for reason, count in counts.items()}

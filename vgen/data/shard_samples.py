@@ -42,7 +42,7 @@ def read_shards(shards: Sequence[Path]) -> tuple[list[Sample], Tally]:
     tally.found = sum(map(len, indexed.values()))
     repeated = sum(sample.repeated for samples in indexed.values() for sample in samples)
     if repeated:
-        tally.notes.append(f"{repeated} members are given twice in a shard: the last counts, as in extracting")
+        tally.notes.append(f"members given twice in a shard: {repeated}, of which the last counts, as in extracting")
     return result, tally
 
 

@@ -164,7 +164,7 @@ def _refuse_empty(where: Layout, samples: Mapping[str, Sequence[Sample]], tallie
             continue
         place = f"split {split} of {where.path}" if where.divided else where.path
         skipped = "; ".join(
-            f"{count} skipped: {reason}" for reason, count in tallies[split].told(tallies[split].skipped).items()
+            f"{count} skipped: {reason}" for reason, count in tallies[split].told(tallies[split].skipped, "").items()
         )
         wanted = f"files ending in {', '.join(IMAGE_SUFFIXES)}"
         if where.kind != FOLDER:
@@ -188,10 +188,10 @@ def _contents(split: str, source: Source, tally: Tally) -> SplitContents:
         split=split,
         found=tally.found,
         used=len(source.samples),
-        skipped=tally.told(tally.skipped),
+        skipped=tally.told(tally.skipped, ""),
         labelled=sum(label >= 0 for label in source.labels),
         classes=len(labels),
-        unlabelled=tally.told(tally.unlabelled),
+        unlabelled=tally.told(tally.unlabelled, "that of "),
         captioned=sum(bool(sample.caption) for sample in source.samples),
         captions_from=", ".join(name for name, _ in tally.captions_from.most_common()),
         notes=tuple(tally.notes),

@@ -71,8 +71,8 @@ def find_split(split: str, known: Iterable[str], path: object) -> str:
     known, wanted = list(known), split.lower()
     if known == ["train"] != [wanted]:
         raise VgenError(
-            f"{path} has no split {split!r}, it is all training data: put pictures into a folder (or shards) named {split}, or let "
-            "held_out=5% hold some out"
+            f"{path} has no split {split!r}, it is all training data: put pictures into a folder (or shards) named {split}; "
+            "`vgen tokenize --held-out 5%` and training (data.held_out=5%) can hold some out as well"
         )
     if wanted not in known:
         raise VgenError(f"{path} has no split {split!r}: found {', '.join(known)}{nearest(wanted, known)}")

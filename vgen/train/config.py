@@ -1,14 +1,48 @@
-"""Training configs: what every run sets, its ranges, and which settings change the weights."""
+"""Training configs: the table of systems, what every run sets, its ranges, and which settings change the weights.
+
+Nothing here imports torch, so that `vgen train` refuses at once what needs no look at a system, its data or a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vgen.settings import require, require_choice, require_not_negative, require_positive, require_share
+from vgen.errors import VgenError, nearest
+from vgen.recipes import find_config
+from vgen.settings import (
+    merge,
+    parse_overrides,
+    read_yaml,
+    require,
+    require_choice,
+    require_not_negative,
+    require_positive,
+    require_share,
+)
 
+SYSTEMS = {
+    "tokenizer": "vgen.train.systems.tokenizer",
+    "vq_tokenizer": "vgen.train.systems.tokenizer",  # its name before it trained other families
+    "titok_proxy": "vgen.train.systems.titok_proxy",
+    "flextok": "vgen.train.systems.flextok",
+    "mingtok": "vgen.train.systems.mingtok",
+    "anyorder": "vgen.train.systems.anyorder",
+    "llamagen": "vgen.train.systems.llamagen",
+    "par": "vgen.train.systems.par",
+    "nar": "vgen.train.systems.nar",
+    "dar": "vgen.train.systems.dar",
+    "rar": "vgen.train.systems.rar",
+    "mar": "vgen.train.systems.mar",
+    "himar": "vgen.train.systems.himar",
+    "xar": "vgen.train.systems.xar",
+    "maskgit": "vgen.train.systems.maskgit",
+    "maskgen": "vgen.train.systems.maskgen",
+    "flexar": "vgen.train.systems.flexar",
+    "tokenbridge": "vgen.train.systems.tokenbridge",
+}
 VERSION = 1
 PRECISIONS = ("auto", "fp32", "bf16")
 OPTIMIZERS = ("adamw", "muon")
@@ -131,3 +165,27 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def todays_words(layer: Mapping[str, Any]) -> dict[str, Any]:
     """A layer of a config in today's words: precision fp32 was called `no`."""
     return {**layer, "precision": "fp32"} if layer.get("precision") == "no" else dict(layer)
+
+
+def known_system(name: Any) -> str:
+    """`name`. Raises VgenError unless it is one of SYSTEMS."""
+    if not isinstance(name, str) or name not in SYSTEMS:
+        raise VgenError(f"config: unknown system {name!r}{nearest(str(name), SYSTEMS)}; known: {', '.join(SYSTEMS)}")
+    return name
+
+
+def read_layers(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The system that a YAML file (a path, or a name of `vgen configs`) and `key=value` overrides name, and both as mappings.
+
+    Raises VgenError for files and overrides that cannot be read, an unknown system, and shared settings that do not fit.
+    """
+    file, changes = todays_words(read_yaml(find_config(path))), todays_words(parse_overrides(overrides))
+    name = {**file, **changes}.get("system")
+    if name is None:
+        raise VgenError(f"{path} names no system; add `system:` with one of {', '.join(SYSTEMS)}")
+    known_system(name)
+    shared = [{f.name: layer[f.name] for f in fields(TrainConfig) if f.name in layer} for layer in (file, changes)]
+    # `${…}` may stand for what only the system knows.
+    if "${" not in str(shared):
+        check_common(merge(TrainConfig, *shared))
+    return name, file, changes

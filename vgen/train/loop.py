@@ -94,7 +94,7 @@ class Trainer:
         self.leading = next(iter(self.trainees))  # its objective is "the loss" in logs
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.data_digests = dict(self.system.data_digests())
-        self.watch = Watch()
+        self.watch = Watch(config.precision)
         self.figures: dict[str, float] = {}
 
     def _prepare(self, name: str, network: nn.Module) -> Trainee:
@@ -234,8 +234,11 @@ class Trainer:
 class Watch:
     """Figures of the steps since the last look, left on the device: one synchronisation per look, not per step."""
 
-    def __init__(self) -> None:
+    def __init__(self, precision: str) -> None:
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
+        self.advice = "Lower the learning rate or lengthen the warm-up"
+        if precision != "fp32":
+            self.advice += ", or use precision=fp32"
 
     def add(self, step: int, logs: dict[str, Tensor]) -> None:
         """Remembers the figures of step number `step`."""
@@ -253,8 +256,7 @@ class Watch:
                         f"the last checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
                     )
                     raise VgenError(
-                        f"{key} became {value} at step {step + 1} and training stopped; {rescue}. Lower the learning rate, "
-                        "lengthen the warm-up, or use precision=fp32"
+                        f"{key} became {value} at step {step + 1} and training stopped; {rescue}. {self.advice}"
                     )
                 sums[key] = sums.get(key, 0.0) + value
                 counts[key] = counts.get(key, 0) + 1

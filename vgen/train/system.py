@@ -1,7 +1,7 @@
 """What can be trained: the System protocol, the table of systems, and how a config becomes one.
 
 A system is a module with `Config` (a frozen dataclass inheriting TrainConfig), `check(config)` (raises VgenError before anything is loaded) and
-`build(config, device)` (loads data, makes networks). Adding one is one line in SYSTEMS; configs name a system, never a class path.
+`build(config, device)` (loads data, makes networks). Adding one is one line in SYSTEMS (vgen/train/config.py); configs name a system, never a class path.
 """
 
 from __future__ import annotations
@@ -17,32 +17,9 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor, nn
 
-from vgen.errors import VgenError, nearest
-from vgen.recipes import find_config
-from vgen.settings import merge, parse_overrides, read_yaml
-from vgen.train.config import OptimizerConfig, TrainConfig, check_common, todays_words
+from vgen.settings import merge
+from vgen.train.config import SYSTEMS, OptimizerConfig, TrainConfig, check_common, known_system, read_layers
 from vgen.train.precision import resolved
-
-SYSTEMS = {
-    "tokenizer": "vgen.train.systems.tokenizer",
-    "vq_tokenizer": "vgen.train.systems.tokenizer",  # its name before it trained other families
-    "titok_proxy": "vgen.train.systems.titok_proxy",
-    "flextok": "vgen.train.systems.flextok",
-    "mingtok": "vgen.train.systems.mingtok",
-    "anyorder": "vgen.train.systems.anyorder",
-    "llamagen": "vgen.train.systems.llamagen",
-    "par": "vgen.train.systems.par",
-    "nar": "vgen.train.systems.nar",
-    "dar": "vgen.train.systems.dar",
-    "rar": "vgen.train.systems.rar",
-    "mar": "vgen.train.systems.mar",
-    "himar": "vgen.train.systems.himar",
-    "xar": "vgen.train.systems.xar",
-    "maskgit": "vgen.train.systems.maskgit",
-    "maskgen": "vgen.train.systems.maskgen",
-    "flexar": "vgen.train.systems.flexar",
-    "tokenbridge": "vgen.train.systems.tokenbridge",
-}
 
 
 @dataclass
@@ -94,19 +71,14 @@ class System(Protocol):
 
 def system_module(name: str) -> ModuleType:
     """The module of a system. Raises VgenError for an unknown name."""
-    if not isinstance(name, str) or name not in SYSTEMS:
-        raise VgenError(f"config: unknown system {name!r}{nearest(str(name), SYSTEMS)}; known: {', '.join(SYSTEMS)}")
-    return importlib.import_module(SYSTEMS[name])
+    return importlib.import_module(SYSTEMS[known_system(name)])
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The checked config of a YAML file (a path, or a name of `vgen configs`) and `key=value` overrides: the system's Config."""
-    file, changes = read_yaml(find_config(path)), parse_overrides(overrides)
-    name = {**file, **changes}.get("system")
-    if name is None:
-        raise VgenError(f"{path} names no system; add `system:` with one of {', '.join(SYSTEMS)}")
+    name, *layers = read_layers(path, overrides)
     module = system_module(name)
-    config = merge(module.Config, todays_words(file), todays_words(changes))
+    config = merge(module.Config, *layers)
     check_common(config)
     module.check(config)
     return config

@@ -169,7 +169,7 @@ def test_aesthetic_scores_of_the_data_reach_the_model(tmp_path, config_of, pictu
         ("kl", "model.head_layers=0", "head_layers must be above 0"),
         ("vq", "model.label_smoothing=1", "label_smoothing must lie in [0, 1)"),
         ("vq", "model.heads=5", "multiple of the 5 heads"),
-        ("vq", "start=/nowhere", "/nowhere/diffusion_pytorch_model.safetensors does not exist"),
+        ("vq", "start=/nowhere", "start: there is no folder /nowhere"),
         ("vq", "condition.kind=words", "condition.kind must be one of text"),
     ],
 )

@@ -217,7 +217,7 @@ def test_decoder_stage_keeps_every_code(tmp_path, config_of):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["start.model=/nowhere"], "does not exist"),
+        (["start.model=/nowhere"], "start.model: there is no folder /nowhere"),
         (["start.freeze_codes=true"], "start.model, which is not set"),
     ],
 )

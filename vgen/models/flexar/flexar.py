@@ -237,7 +237,7 @@ class FlexARModel(SavesVocabulary, Checkpointed, ModelMixin, ConfigMixin):
         if features is None or features.dim() != 3 or features.shape[2] != width:
             found = "none" if features is None else list(features.shape)
             raise VgenError(
-                f"this FlexAR takes prompts as features [B, P, {width}], got {found}; see flexar_text.Prompts"
+                f"this FlexAR takes prompts as features [B, P, {width}], got {found}; vgen.models.flexar.text.Prompts makes them"
             )
 
     def read_condition(self, condition: Condition) -> tuple[Tensor, list[Any], Tensor | None]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Generator, Tensor
 
-from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.data.tokens import TokenSetSpec
 from vgen.models.conditions.clip import REPOSITORY, ClipCaptions
 from vgen.models.masked.base import MASK_SCHEDULES
@@ -27,6 +24,7 @@ from vgen.train.systems.generator import (
     model_options,
 )
 from vgen.train.systems.maskgit import mask_draws
+from vgen.train.systems.start import check_start, load_start
 
 # Settings of one kind alone.
 OWN = {
@@ -92,7 +90,7 @@ class MaskGenSystem(GeneratorSystem):
         super().__init__(config, device)
         self.model.check_condition(self.vocabulary.null(1))  # raises for a tower of another width
         if config.start is not None:
-            load_exactly(self.model, read_state_dict(Path(config.start) / SAFETENSORS_WEIGHTS_NAME))
+            load_start(self.model, config.start)
 
     @classmethod
     def size_options(cls, config: Config, tokens: TokenSetSpec) -> dict[str, Any]:
@@ -169,8 +167,7 @@ def check(config: Config) -> None:
     if "label_smoothing" in given:
         require_share(model, "label_smoothing", prefix="model.", below_one=True)
     if config.start is not None:
-        path = Path(config.start) / SAFETENSORS_WEIGHTS_NAME
-        require(path.is_file(), f"start: {path} does not exist; expected a folder of a MaskGen written by `vgen train`")
+        check_start("start", config.start)
     check_generator(config, KINDS[model.kind])
 
 

@@ -73,9 +73,7 @@ def check_data(data: DataConfig) -> None:
     try:
         splits = splits_of(data.path, _held_out(data))
     except VgenError as error:
-        raise VgenError(
-            f"config: data.path: {error}; `vgen data emoji --out data/emoji` builds a small dataset"
-        ) from error
+        raise VgenError(f"config: data.path: {error}") from error
     for name in ("train_split", "held_out_split"):
         find_split(getattr(data, name), splits, f"config: data.{name}: {data.path}")
 

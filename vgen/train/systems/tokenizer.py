@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Generator, Tensor, nn
 
-from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.settings import require, require_choice, require_not_negative, require_positive
 from vgen.tokenizers_vis.losses.objectives import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, RECONSTRUCTION_LOSSES, VQLoss
 from vgen.tokenizers_vis.losses.patchgan import BlurDiscriminator, PatchDiscriminator
@@ -24,6 +22,7 @@ from vgen.train.config import OptimizerConfig, check_optimizer
 from vgen.train.system import Loss, autocast
 from vgen.train.systems.perceptual import PerceptualConfig, check_perceptual, make_perceptual
 from vgen.train.systems.pictures import PictureConfig, PictureSystem, check_pictures, check_restarts, make_model
+from vgen.train.systems.start import check_start, load_start
 
 FAMILIES = ("vq", "titok_vq", "titok_vae", "titok_legacy", "kl", "maskgit_vqgan", "chameleon_vqgan")
 DISCRIMINATORS = {"patch": PatchDiscriminator, "blur": BlurDiscriminator}  # width, halvings
@@ -91,8 +90,7 @@ def check(config: Config) -> None:
         DISCRIMINATORS[loss.discriminator](3, loss.disc_width, loss.disc_layers)  # raises for impossible sizes
     check_optimizer(config.discriminator, "discriminator.")
     if start.model is not None:
-        path = Path(start.model) / SAFETENSORS_WEIGHTS_NAME
-        require(path.is_file(), f"start.model: {path} does not exist; expected a folder written by `vgen train`")
+        check_start("start.model", start.model)
     if start.freeze_codes:
         require(start.model is not None, "start.freeze_codes keeps the codes of start.model, which is not set")
         require(loss.restart_every == 0, "start.freeze_codes and loss.restart_every contradict each other; set it to 0")
@@ -102,7 +100,7 @@ def started_model(config: Config) -> ModelMixin:
     """The model that training begins with: fresh, or `start.model`, with the coding half frozen where asked."""
     model = make_model(config)
     if config.start.model is not None:
-        load_exactly(model, read_state_dict(Path(config.start.model) / SAFETENSORS_WEIGHTS_NAME))
+        load_start(model, config.start.model)
     if config.start.freeze_codes:
         for name, parameter in model.named_parameters():
             if name.split(".")[0] in model.coding_parts:
