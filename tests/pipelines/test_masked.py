@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from vgen.errors import VgenError
+from vgen.models.conditions.base import Conditions
 from vgen.models.conditions.clip import ClipFeatures
 from vgen.models.masked.maskgen import MaskGenVQ
 from vgen.models.masked.maskgen_kl import MaskGenKL
@@ -18,7 +19,7 @@ SMALL = {"grid": (1, 1, 6), "width": 16, "layers": 1, "heads": 2}
 TEXT = {"text_tokens": 5, "text_width": 8}
 
 
-class Captions:
+class Captions(Conditions):
     """Stands for `ClipCaptions`: features drawn from the words."""
 
     def captions(self, captions, limit=0, strict=False):

@@ -69,7 +69,7 @@ def test_prompts_of_a_text_encoder_are_read_a_block_at_a_time(pipeline, monkeypa
     whole = pipeline(prompts, num_images_per_prompt=2, seed=3)
     vocabulary, captions = pipeline.model.vocabulary, pipeline.model.vocabulary.captions
     monkeypatch.setattr(visual, "ENCODED", 2)
-    monkeypatch.setattr(vocabulary, "encoder", object(), raising=False)
+    monkeypatch.setattr(vocabulary, "encodes", True)
     monkeypatch.setattr(vocabulary, "captions", lambda texts, limit: read.append(list(texts)) or captions(texts, limit))
     stream = pipeline.stream(prompts, num_images_per_prompt=2, seed=3, batch_size=3)
     first = next(stream)

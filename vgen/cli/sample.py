@@ -210,9 +210,10 @@ def run(args: argparse.Namespace) -> None:
     """Loads, decodes, writes every picture when it is finished."""
     pipe = load_pipeline(args.model, args.device, args.dtype, args.checkpoint_dir)
     if args.list_words:
-        if not hasattr(pipe.model.vocabulary, "words"):
+        vocabulary = pipe.model.vocabulary
+        if vocabulary is None or vocabulary.words is None:
             raise VgenError(f"{args.model} has no list of words; it takes class labels or free text")
-        print(" ".join(pipe.model.vocabulary.words))
+        print(" ".join(vocabulary.words))
         return
 
     import torch

@@ -44,8 +44,7 @@ def load_published(name: str, checkpoint_dir: str | Path | None = None) -> Visua
         tokenizer = model.vision  # a unified model's file holds its tokenizer
     else:
         tokenizer = _tokenizer(published(entry.tokenizer), paths["tokenizer"], entry.tokenizer_options)
-    if hasattr(model, "read_words"):
-        model.read_words(paths)
+    model.read_words(paths)
     settings = {key: value for key, value in asdict(entry.sampling).items() if key not in REPORTED}
     return VisualPipeline(tokenizer, model, **settings)
 

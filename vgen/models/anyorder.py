@@ -29,10 +29,12 @@ from vgen.layers.cache import KVCache
 from vgen.layers.mmrope import rope_tables, rotate, text_positions, visual_positions
 from vgen.layers.norm import RMSNorm
 from vgen.layers.transformer import Checkpointed, SwiGLU, init_transformer, llama_hidden, merge_heads, split_heads
+from vgen.models.base import Generator
 from vgen.models.conditions.vocabulary import SavesVocabulary, Vocabulary
 from vgen.samplers.orders import make_order
+from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.predictions import Logits
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Order, Step, as_grid, grid_coordinates, grid_size
+from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, grid_coordinates, grid_size
 
 # name: (width, content layers, query layers, heads); ffn width 8/3, rounded up to 64. Parameters without the embeddings.
 SIZES = {
@@ -146,7 +148,7 @@ class Plan:
         return (0 if self.fed is None else self.fed.shape[1], self.targets.shape[1], self.slots.stop)
 
 
-class AnyOrderModel(SavesVocabulary, Checkpointed, ModelMixin, ConfigMixin):
+class AnyOrderModel(SavesVocabulary, Checkpointed, Generator, ModelMixin, ConfigMixin):
     """Any-order generator over discrete visual tokens, conditioned on captions or classes (module docstring).
 
     vocabulary_size: prefix ids (`Vocabulary`); codes: visual vocabulary; grid: default (T, H, W); prefix_limit: longest
@@ -178,7 +180,7 @@ class AnyOrderModel(SavesVocabulary, Checkpointed, ModelMixin, ConfigMixin):
                 f"width {width} over {heads} heads must give a head size that is a multiple of 32, got {width / heads:g}"
             )
         hidden = hidden or llama_hidden(width, 64)
-        self.grid: Grid = as_grid(grid)
+        self.set_grids(grid)
         self.vocabulary: Vocabulary | None = None
         self.prefix_embedding = nn.Embedding(vocabulary_size, width)
         self.code_embedding = nn.Embedding(codes, width)
@@ -268,15 +270,11 @@ class AnyOrderModel(SavesVocabulary, Checkpointed, ModelMixin, ConfigMixin):
 
     # ---------------------------------------------------------------- decoding (TokenModel)
 
-    def null(self, condition: Condition) -> Condition:
-        """The unconditional row of guidance for `condition`."""
-        return self.vocabulary.null(len(condition.mask))
-
-    def default_order(self) -> Order:
+    def default_order(self) -> BaseOrder:
         """Random, one token a call: any other is as good as its training mixture made it."""
         return make_order("random", self.grid)
 
-    def check_order(self, order: Order) -> None:
+    def check_order(self, order: BaseOrder) -> None:
         """Every order fits; raises VgenError for one that was made for another number of frames, rows or columns."""
         if order.grid != self.grid:
             made, own = ("x".join(map(str, grid)) for grid in (order.grid, self.grid))
@@ -349,9 +347,6 @@ class AnyOrderModel(SavesVocabulary, Checkpointed, ModelMixin, ConfigMixin):
         state.length = plan.slots.stop
         state.counters.add(logits.shape[0], plan.shape_key[0] + plan.shape_key[1])
         return Logits(rearrange(logits, "(r b) m v -> r b m v", r=state.rows))
-
-    def commit(self, state: AnyOrderState, step: Step, canvas: Canvas) -> None:
-        """Nothing to store: the next call feeds `canvas.fresh`."""
 
 
 def _stack_conditions(conditions: Sequence[Condition], device: torch.device) -> Condition:

@@ -42,6 +42,14 @@ class VisualPipeline(DiffusionPipeline, Sampler):
             return cls(**{**settings, **given, **parts})
         return super().from_pretrained(source, **{**kwargs, **parts})
 
+    def register_modules(self, **modules: Any) -> None:
+        """As diffusers, which takes a class for its own where the folder of its module is called like one of its pipelines (lumina)."""
+        super().register_modules(**modules)
+        for role, module in modules.items():
+            # a compiled module is known by what it wraps
+            kind = type(getattr(module, "_orig_mod", module))
+            self.register_to_config(**{role: (kind.__module__, kind.__name__)})
+
     @classmethod
     def open(cls, folder: str | Path) -> VisualPipeline:
         """As `from_pretrained(folder)`."""

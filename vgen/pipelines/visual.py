@@ -25,7 +25,7 @@ from vgen.layers.pictures import Picture
 from vgen.layers.pixels import to_images
 from vgen.pipelines.calls import OUTPUTS, Callback, Generators, check_callback, check_output, joined, refuse, seeds_of
 from vgen.pipelines.components import INDEX, parts_of, shipped_folder
-from vgen.samplers.choice import SamplingSettings, TokenChoice
+from vgen.samplers.choice import SamplingSettings
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import LARGEST, PhiloxNoise
@@ -35,6 +35,7 @@ from vgen.tokenizers_vis.base import decode_each
 from vgen.values import real, several, shown, string, whole
 
 if TYPE_CHECKING:
+    from vgen.models.base import Generator
     from vgen.pipelines.inpainting import Painting
 
 ENCODED = (
@@ -99,11 +100,9 @@ class Batch:
 class Sampler(ConfigMixin):
     """A tokenizer and a generator that fit together, with the sampling settings the generator likes.
 
-    tokenizer: see tokenizers_vis/base.py; model: a TokenModel with `vocabulary` (words or classes to conditions),
-    `null(condition)` and `check_order(order)`, and in its config either `codes` or `channels` (with `levels` where every channel
-    is a code of its own). Its `choice_kind` says which of the settings it takes (none: TokenChoice). The other arguments are
+    tokenizer: see tokenizers_vis/base.py; model: see `vgen.models.base.Generator`. The other arguments are
     defaults of a call, saved in `model_index.json`; choice: a name of `samplers.choice.RECIPES`; substeps, solver, shift, clip: of
-    continuous tokens (None: the default of their kind). A model with `grids` of its own makes a small picture first (Hi-MAR);
+    continuous tokens (None: the default of their kind). A model with several `grids` makes a small picture first (Hi-MAR);
     low_steps, low_guidance_scale, low_substeps are the settings of that level (None: as the model's, or as the other level's).
 
     This is all of a pipeline but diffusers' base class, whose import takes longer than a picture: the command line opens this one,
@@ -136,17 +135,16 @@ class Sampler(ConfigMixin):
     ):
         super().__init__()
         _check_low(model, low_steps, low_guidance_scale, low_substeps)
-        spec, config = tokenizer.spec, model.config
+        spec = tokenizer.spec
         kinds = {"codes": spec.vocabulary, "channels": spec.channels, "levels": spec.levels}
-        for kind, found in kinds.items():
-            wanted = config.get(kind)
+        for kind, wanted in model.tokens.items():
+            found = kinds[kind]
             if found != wanted:
                 raise VgenError(
                     f"the tokenizer has {found or 'no'} {kind}, the generator was made for {wanted or 'none'}; "
                     "use the tokenizer it was trained with"
                 )
-        if hasattr(model, "share_tables"):  # TokenBridge: both read levels, by one table
-            model.share_tables(tokenizer)
+        model.share_tables(tokenizer)
         self.register_modules(tokenizer=tokenizer, model=model)
         self.register_to_config(
             order=order,
@@ -181,7 +179,7 @@ class Sampler(ConfigMixin):
     @property
     def grids(self) -> tuple[Grid, ...]:
         """The levels of a canvas, coarse first; most models have one."""
-        return _grids(self.model)
+        return self.model.grids
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -301,8 +299,9 @@ class Sampler(ConfigMixin):
 
             painting = read_painting(self.tokenizer, self.grids, init_image, mask, outpaint)
         shape = self._shape(size)
+        vocabulary = self.model.vocabulary
         # Ids take next to nothing: all are read before the first picture, so that a mistake in the last prompt is an error now.
-        block = ENCODED if hasattr(self.model.vocabulary, "encoder") else len(subjects)
+        block = ENCODED if vocabulary is not None and vocabulary.encodes else len(subjects)
         condition = self._condition(subjects[:block])
 
         decoded = partial(
@@ -428,8 +427,6 @@ class Sampler(ConfigMixin):
         if "seed" in ORDERS[kind].options and "seed" not in written:
             options.setdefault("seed", seed)
         made = make_order(name, self.model.grid, **options)
-        if len(self.grids) == 1:
-            return made
         return self.model.over_levels(made, _first(low_steps, self.config.low_steps), seed)
 
     @torch.no_grad()
@@ -474,8 +471,7 @@ class Sampler(ConfigMixin):
 
     def _guidance(self, scale: float | None, schedule: str | None, low_scale: float | None) -> Guidance:
         config = self.config
-
-        least = getattr(self.model, "least_guidance", 0.0)
+        least = self.model.least_guidance
 
         def free(scale: float) -> ClassifierFree:
             scale = real(scale, "the guidance scale")
@@ -515,21 +511,21 @@ class Sampler(ConfigMixin):
             clip=config.clip,
             low_substeps=_first(low_substeps, config.low_substeps),
         )
-        return getattr(self.model, "choice_kind", TokenChoice).of(settings)
+        return self.model.choice_kind.of(settings)
 
     def _subjects(
         self, prompt: str | Iterable[str] | None, labels: int | str | Iterable[int | str] | None
     ) -> list[str] | list[int]:
         """What the pictures show: texts, or numbers of classes (which may be given by name)."""
         vocabulary = self.model.vocabulary
-        if prompt is None and labels is None and getattr(vocabulary, "unconditional", False):
+        if prompt is None and labels is None and vocabulary is not None and vocabulary.unconditional:
             return [""]
         if (prompt is None) == (labels is None):
             raise VgenError("give either prompts or class labels, not both and not neither")
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else several(prompt, "the prompts (a str, or several)")
             return [string(one, "a prompt") for one in prompts]
-        if not hasattr(vocabulary, "class_number"):
+        if vocabulary is None or not vocabulary.takes_labels:
             raise VgenError("this model takes prompts and knows no classes; give a prompt")
         single = isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0
         listed = [labels] if single else several(labels, "the class labels")
@@ -544,13 +540,11 @@ class Sampler(ConfigMixin):
                 'pipe.model.read_words({"text_encoder": folder})'
             )
         if isinstance(subjects[0], str):
-            return vocabulary.captions(subjects, self.model.config.get("prefix_limit", 0))
+            return vocabulary.captions(subjects, self.model.prefix_limit)
         return vocabulary.labels(subjects)
 
     def _canvas(self, samples: Tensor, painting: Painting | None) -> Canvas:
-        config = self.model.config
-        codes = config.get("channels") is None or config.get("levels") is not None
-        canvas = Canvas.blank(self.grids, samples, self.device, config.get("channels"), codes=codes)
+        canvas = self.model.canvas(samples)
         if painting is not None:
             canvas.values[:, painting.stays] = painting.tokens[painting.stays].to(canvas.values.dtype)
             canvas.known[:, painting.stays] = True
@@ -561,12 +555,8 @@ def _first(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _grids(model: ModelMixin) -> tuple[Grid, ...]:
-    return getattr(model, "grids", (model.grid,))
-
-
-def _check_low(model: ModelMixin, *settings: Any) -> None:
-    if len(_grids(model)) == 1 and any(value is not None for value in settings):
+def _check_low(model: Generator, *settings: Any) -> None:
+    if len(model.grids) == 1 and any(value is not None for value in settings):
         raise VgenError(
             "low_steps, low_guidance_scale and low_substeps are for models that make a small picture first (Hi-MAR), and "
             "this one does not; leave them out"

@@ -1,5 +1,7 @@
 """Masked generators: masks and losses, decoding in any order, known tokens, files, bad input (MaskGIT, MaskGen-VQ, MaskGen-KL)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -245,7 +247,8 @@ def test_captions_may_condition_maskgit():
 
 def test_dropped_captions_become_the_empty_one_and_keep_their_score():
     model, caption, empty = build("vq"), captions(1, score=5.0), captions(2, score=1.0)
-    dropped = model.drop(caption, empty, torch.tensor([0.05, 0.5, 0.9]))
+    model.vocabulary = SimpleNamespace(null=lambda batch: empty)
+    dropped = model.drop(caption, torch.tensor([0.05, 0.5, 0.9]))
     assert torch.equal(dropped.extras["text"][0], empty.extras["text"][0])
     assert torch.equal(dropped.extras["pooled"][1:], caption.extras["pooled"][1:])
     assert dropped.extras["aesthetic"].tolist() == [5.0] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +12,19 @@ from einops import rearrange
 from torch import Tensor
 
 from vgen.errors import VgenError, nearest
+from vgen.models.conditions.base import Conditions
 from vgen.models.conditions.class_names import class_number
 from vgen.models.conditions.vocabulary import SavesVocabulary, Vocabulary
 from vgen.samplers.types import Condition
 
 
 @dataclass(frozen=True)
-class ClassVocabulary:
+class ClassVocabulary(Conditions):
     """One prefix id per class, 0 to classes - 1, and the null class `classes` behind them. class_names: by label; empty: not known."""
 
     classes: int
     class_names: tuple[str, ...] = ()
+    takes_labels: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return self.classes
@@ -50,7 +53,7 @@ class ClassVocabulary:
             f"this model knows {self.classes} classes and no words; give a class label{names} instead of a prompt"
         )
 
-    def drop(self, condition: Condition, share: float, uniform: torch.Tensor | None = None) -> Condition:
+    def drop(self, condition: Condition, share: float, uniform: Tensor | None = None) -> Condition:
         """Training: every row becomes the null class with probability `share`. uniform: [B] draws."""
         ids = condition.ids
         uniform = torch.rand(len(ids), device=ids.device) if uniform is None else uniform
@@ -91,19 +94,6 @@ class ClassConditional(SavesVocabulary):
         self.vocabulary: ClassVocabulary | Vocabulary | None = None
         if kind == "class":
             self.vocabulary = ClassVocabulary(self.config.classes)
-
-    def check_condition(self, condition: Condition) -> None:
-        """Raises VgenError unless `condition` is of the model's kind. Synchronises: once a run."""
-        if self.vocabulary is not None:
-            self.vocabulary.check(condition)
-
-    def null(self, condition: Condition) -> Condition:
-        """The unconditional row of guidance for `condition`."""
-        return self.vocabulary.null(len(condition.mask))
-
-    def drop(self, condition: Condition, uniform: Tensor | None = None) -> Condition:
-        """Training: every row becomes unconditional with probability `condition_dropout`. uniform: [B] draws."""
-        return self.vocabulary.drop(condition, self.config.condition_dropout, uniform)
 
 
 def mean_vector(vectors: Tensor, mask: Tensor) -> Tensor:

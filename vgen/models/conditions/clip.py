@@ -9,13 +9,14 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError
+from vgen.models.conditions.base import Conditions
 from vgen.models.conditions.t5 import require_text_extra
 from vgen.samplers.types import Condition
 
@@ -51,11 +52,12 @@ class ClipFeatures:
 
 
 @dataclass
-class ClipCaptions:
+class ClipCaptions(Conditions):
     """Captions to conditions. tokenizer (None: ids only), encoder: of transformers (`CLIPTextModelWithProjection`)."""
 
     tokenizer: Any
     encoder: Any
+    encodes: ClassVar[bool] = True
     _empty: dict[torch.device, Condition] = field(default_factory=dict, repr=False)
 
     @classmethod

@@ -10,13 +10,14 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.errors import VgenError
+from vgen.models.conditions.base import Conditions
 from vgen.models.conditions.classes import mean_vector
 from vgen.samplers.types import Condition
 
@@ -85,7 +86,7 @@ def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class T5Captions:
+class T5Captions(Conditions):
     """Captions to conditions with a T5 encoder (FLAN-T5-XL in all published models).
 
     tokenizer, encoder: of transformers; tokens: length of the prefix.
@@ -94,6 +95,7 @@ class T5Captions:
     tokenizer: Any
     encoder: Any
     tokens: int = 120
+    encodes: ClassVar[bool] = True
 
     @classmethod
     def from_pretrained(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgen.errors import VgenError, first_line, nearest
 from vgen.files import atomic_path
+from vgen.models.conditions.base import Conditions
 from vgen.models.conditions.class_names import FILE as NAMES
 from vgen.models.conditions.class_names import class_number, load_names, save_names
 from vgen.samplers.types import Condition
@@ -21,11 +22,13 @@ PAD, START, UNKNOWN, FIRST_CLASS = "<pad>", "<start>", "<unknown>", "<class-{}>"
 FILE = "vocabulary.json"
 
 
-class Vocabulary:
+class Vocabulary(Conditions):
     """A word-level tokenizer with class tokens: prefixes are `words <start>`, `<class-k> <start>`, or `<start>` alone (null).
 
     The position of `<start>` gives the offset of the visual positions, so the null prefix begins at 0 as in Lumos-1.
     """
+
+    takes_labels = True
 
     def __init__(self, tokenizer: Tokenizer, class_names: Sequence[str] = ()):
         """class_names: by label; empty: not known."""
@@ -126,9 +129,13 @@ class Vocabulary:
             rows.append([*ids, self.start])
         return self.condition(rows)
 
-    def labels(self, labels: Sequence[int | str]) -> Condition:
-        """One `<class-k> <start>` prefix a class, by number or name."""
-        return self.condition([[self.class_id(label), self.start] for label in labels])
+    def labels(self, labels: Sequence[int | str], strict: bool = True) -> Condition:
+        """One `<class-k> <start>` prefix a class, by number or name; not strict: `<start>` alone for a number below 0."""
+        rows = []
+        for label in labels:
+            nothing = not strict and not isinstance(label, str) and label < 0
+            rows.append([self.start] if nothing else [self.class_id(label), self.start])
+        return self.condition(rows)
 
     def named(self, class_names: Sequence[str]) -> Vocabulary:
         """The same vocabulary with names of its classes."""
@@ -138,8 +145,9 @@ class Vocabulary:
         """The empty prefix `<start>`: the unconditional row of classifier-free guidance."""
         return self.condition([[self.start]] * batch)
 
-    def drop(self, condition: Condition, share: float, uniform: Tensor) -> Condition:
+    def drop(self, condition: Condition, share: float, uniform: Tensor | None = None) -> Condition:
         """Training: every row becomes the empty prefix with probability `share`. uniform: [B] draws."""
+        uniform = torch.rand(len(condition.ids), device=condition.ids.device) if uniform is None else uniform
         dropped = (uniform < share)[:, None]
         first = torch.arange(condition.ids.shape[1], device=condition.ids.device) == 0
         empty = torch.where(first, self.start, self.pad)
@@ -176,8 +184,8 @@ class SavesVocabulary:
         super().save_pretrained(save_directory, **kwargs)
         if isinstance(self.vocabulary, Vocabulary):
             self.vocabulary.save(save_directory)
-        if names := getattr(self.vocabulary, "class_names", ()):
-            save_names(save_directory, names)
+        if self.vocabulary is not None and self.vocabulary.class_names:
+            save_names(save_directory, self.vocabulary.class_names)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -187,7 +195,7 @@ class SavesVocabulary:
         if kind == "words":
             path = _beside(pretrained_model_name_or_path, FILE, subfolder)
             model.vocabulary = Vocabulary.load(path.parent)
-        if hasattr(model.vocabulary, "class_names"):
+        if model.vocabulary is not None and model.vocabulary.takes_labels:
             path = _beside(pretrained_model_name_or_path, NAMES, subfolder, optional=True)
             model.vocabulary = model.vocabulary.named(load_names(path, model.vocabulary.classes))
         return model

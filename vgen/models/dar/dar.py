@@ -30,12 +30,13 @@ from vgen.layers.cache import KVCache
 from vgen.layers.modulation import ModulatedBlock, Modulation, SelfAttention, modulate
 from vgen.layers.rope2d import rope4d_table
 from vgen.layers.transformer import Checkpointed, SwiGLU, llama_hidden
+from vgen.models.base import Generator
 from vgen.models.conditions.classes import ClassConditional, mean_vector, token_loss
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.base import BaseOrder, FixedOrder
 from vgen.samplers.orders.diagonal import START, move_directions, scan_coordinates
 from vgen.samplers.predictions import Logits
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, as_grid, grid_size
+from vgen.samplers.types import Canvas, Condition, Counters, Step, grid_size
 
 # name: (width, layers, heads). The paper gives names and totals (485 M to 2.0 B); the shapes are ours, chosen to fit them.
 SIZES = {
@@ -122,7 +123,7 @@ class Plan:
         return 1, self.slot + 1
 
 
-class DARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
+class DARModel(ClassConditional, Checkpointed, Generator, ModelMixin, ConfigMixin):
     """Class-conditional generator over discrete tokens in zig-zag order (module docstring).
 
     codes x code_channels: the tokenizer's codebook (`load_codebook`); conditioning: class, or words (`ClassConditional`); classes: without the null class; grid: (H, W) or
@@ -159,7 +160,7 @@ class DARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
             raise VgenError(
                 f"width {width} over {heads} heads must give a head size that is a multiple of 8 (4D-RoPE), got {width / heads:g}"
             )
-        self.grid: Grid = as_grid(grid)
+        self.set_grids(grid)
         if self.grid[0] != 1:
             raise VgenError(f"DAR scans one picture, grid (1, H, W), got {self.grid}")
         self.set_vocabulary()

@@ -32,6 +32,7 @@ from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
 from vgen.layers.cache import KVCache
 from vgen.layers.transformer import Checkpointed, llama_hidden
+from vgen.models.base import Generator
 from vgen.models.conditions.classes import ClassVocabulary, mean_vector, token_loss
 from vgen.models.conditions.vocabulary import SavesVocabulary, Vocabulary
 from vgen.models.flexar.blocks import NORMS, ClassBlock, TextBlock
@@ -39,7 +40,7 @@ from vgen.models.flexar.text import Prompts, drop_prompts, null_prompt
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.orders.registry import make_order
 from vgen.samplers.predictions import Logits
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step
+from vgen.samplers.types import Canvas, Condition, Counters, Step
 
 # name: (width, depth, heads) of the text-to-image models (the repository's configs). What the class-conditional one has is
 # not published outside its config.yaml; `from_original` reads it from the file.
@@ -111,7 +112,7 @@ class FlexARState:
         return FlexARState(self.cache.take_rows(index), self.start[index], memory, mask, self.rows, self.counters)
 
 
-class FlexARModel(SavesVocabulary, Checkpointed, ModelMixin, ConfigMixin):
+class FlexARModel(SavesVocabulary, Checkpointed, Generator, ModelMixin, ConfigMixin):
     """Class- or text-conditional generator of FlexTok tokens (module docstring).
 
     codes: visual vocabulary; tokens: N; width, depth, heads, hidden: as in SIZES (hidden: 8/3 of the width, rounded up to
@@ -156,7 +157,7 @@ class FlexARModel(SavesVocabulary, Checkpointed, ModelMixin, ConfigMixin):
         for name, value, known in (("conditioning", conditioning, CONDITIONINGS), ("norm", norm, NORMS)):
             if value not in known:
                 raise VgenError(f"FlexAR's {name} is one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
-        self.grid: Grid = (1, 1, tokens)
+        self.set_grids(tokens)
         self.vocabulary: ClassVocabulary | Vocabulary | Prompts | None = None
         self.preprocessor = Inputs(codes, tokens, width, positions, 0 if conditioning == "text" else classes)
         self.text_mlp: nn.ModuleDict | None = None
@@ -334,9 +335,6 @@ class FlexARModel(SavesVocabulary, Checkpointed, ModelMixin, ConfigMixin):
         """The release's bug (class docstring): [R * B, D] with class 0 in all rows but those of the first condition."""
         class_zero = self.preprocessor.cls_embedding.weight[:1]
         return torch.cat((start[:batch], class_zero.expand(len(start) - batch, -1)))
-
-    def commit(self, state: FlexARState, step: Step, canvas: Canvas) -> None:
-        """Nothing to store: the next call feeds what was written."""
 
 
 def file_config(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vgen.errors import VgenError
+from vgen.models.conditions.base import Conditions
 from vgen.samplers.types import Condition
 
 LIMIT = 512  # T5 was trained with no longer texts
@@ -51,11 +52,12 @@ def drop_prompts(condition: Condition, dropped: Tensor) -> Condition:
 
 
 @dataclass
-class Prompts:
+class Prompts(Conditions):
     """Prompts to conditions with a T5 encoder (FLAN-T5-XL in all published models). tokenizer, encoder: of transformers."""
 
     tokenizer: Any
     encoder: Any
+    encodes: ClassVar[bool] = True
 
     @classmethod
     def from_pretrained(cls, name: str = "google/flan-t5-xl", dtype: torch.dtype = torch.bfloat16) -> Prompts:

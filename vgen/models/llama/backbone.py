@@ -26,9 +26,10 @@ from vgen.layers.llama import LlamaBlock
 from vgen.layers.norm import RMSNorm
 from vgen.layers.rope2d import rope2d_table, take_rows
 from vgen.layers.transformer import Checkpointed, llama_hidden
+from vgen.models.base import Generator
 from vgen.models.conditions.classes import ClassConditional
 from vgen.models.conditions.t5 import ClassEmbedding, T5Captions, TextEmbedding
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, as_grid, grid_size
+from vgen.samplers.types import Canvas, Condition, Counters, Grid, grid_size
 
 # name: (width, depth, heads). B to 3B: paper, table 1, and NAR's M; 1B, 7B and XXXL have no published weights.
 SIZES = {
@@ -99,7 +100,7 @@ class Plan:
         return self.rope.shape[-3], self.length
 
 
-class LlamaBackbone(ClassConditional, Checkpointed, nn.Module):
+class LlamaBackbone(ClassConditional, Checkpointed, Generator, nn.Module):
     """Embeddings, blocks and head of the family, and what does not depend on how tokens are arranged."""
 
     family: ClassVar[str]
@@ -117,7 +118,7 @@ class LlamaBackbone(ClassConditional, Checkpointed, nn.Module):
                 f"width {width} over {heads} heads must give a head size that is a multiple of 4, got {width / heads:g}"
             )
         self.set_vocabulary(conditionings)
-        self.grid: Grid = as_grid(config.grid)
+        self.set_grids(config.grid)
         if self.grid[0] != 1:
             raise VgenError(f"{self.family} makes pictures: the grid must be HxW, got {self.grid}")
         if config.conditioning == "text":
@@ -294,6 +295,3 @@ class LlamaBackbone(ClassConditional, Checkpointed, nn.Module):
         for layer in range(len(self.layers))[layers]:
             x = self.layers[layer](x, plan.rope, plan.mask, (state.cache, layer, plan.slots, plan.length))
         return x
-
-    def commit(self, state: LlamaState, step: Step, canvas: Canvas) -> None:
-        """Nothing to store: the next call feeds what was written."""

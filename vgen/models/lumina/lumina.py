@@ -32,11 +32,12 @@ from vgen.layers.cache import KVCache
 from vgen.layers.mmrope import rotate
 from vgen.layers.norm import RMSNorm
 from vgen.layers.transformer import merge_heads, split_heads
+from vgen.models.base import Generator
 from vgen.models.lumina.prompts import BOS, PAD, LuminaPrompts
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.predictions import Logits
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, as_grid, grid_size
+from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, grid_size
 from vgen.tokenizers_vis.chameleon import WORDS, image_token_ids
 
 # name: (width, layers, heads, hidden). The Chameleon defaults of ZipAR's release; no published config.json could be read.
@@ -169,7 +170,7 @@ class Plan:
         return len(self.places), self.first
 
 
-class LuminaModel(ModelMixin, ConfigMixin):
+class LuminaModel(Generator, ModelMixin, ConfigMixin):
     """Text-conditional generator over image codes that are words of one vocabulary (module docstring).
 
     words: vocabulary; codes: image codes among them; grid: (H, W) of even sides; width, layers, heads, hidden: as in SIZES;
@@ -202,7 +203,7 @@ class LuminaModel(ModelMixin, ConfigMixin):
                 f"width {width} must be a multiple of the {heads} heads, and these of the {key_heads} key heads; both of the "
                 f"{norm_shards} norm shards"
             )
-        self.grid: Grid = as_grid(grid)
+        self.set_grids(grid)
         check_grid(self.grid, words)
         self.vocabulary: LuminaPrompts | None = None
         self.image_ids = torch.arange(FIRST_CODE, FIRST_CODE + codes, device="cpu")
@@ -366,9 +367,6 @@ class LuminaModel(ModelMixin, ConfigMixin):
         logits = self.run(state, plan, words)
         state.counters.add(*words.shape)
         return Logits(rearrange(logits, "(r b) m v -> r b m v", r=state.rows))
-
-    def commit(self, state: LuminaState, step: Step, canvas: Canvas) -> None:
-        """Nothing to store: the next call feeds `canvas.fresh`."""
 
 
 def check_grid(grid: Grid, words: int) -> None:

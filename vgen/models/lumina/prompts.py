@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from vgen.errors import VgenError
+from vgen.models.conditions.base import Conditions
 from vgen.samplers.types import Condition, Grid
 
 BOS, PAD, END_OF_TURN = 0, 1, 8710  # <s>, <pad>, <reserved08706>
@@ -16,7 +17,7 @@ PIXELS = 16  # a token's side
 TEMPLATE = "Generate an image of {width}x{height} according to the following prompt:\n{prompt}"
 
 
-class LuminaPrompts:
+class LuminaPrompts(Conditions):
     """<s>, the template of the release around a prompt, and the separator behind which the answer starts.
 
     tokenizer: Chameleon's `text_tokenizer.json`; grid: of the pictures, whose size the template names.

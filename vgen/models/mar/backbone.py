@@ -92,7 +92,7 @@ class MaskedAutoencoder(ClassConditional, MaskedModel):
         block: one layer of a stack (`ViTBlock`). Rows of the tables, where they are not MAR's: positions (buffer + L) in
         front of both stacks, blanks (mask tokens: 1 for all places), outputs (L) behind the decoder.
         """
-        self.set_grid(grid, encoder.width, encoder.heads)
+        self.set_stack(grid, encoder.width, encoder.heads)
         length, buffer = grid_size(self.grid), self.config.buffer
         if buffer < 1:  # the first call sees nothing else
             raise VgenError(f"the buffer holds at least 1 copy of the class vector, got {buffer}")

@@ -213,7 +213,7 @@ class HiMAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
             blanks=2 * (low + dense),
             outputs=low + dense,
         )
-        self.grids = grids
+        self.set_grids(*grids)
         nn.init.normal_(self.cond_tokens, std=0.02)
         self.diffloss = TokenDiffusion(channels, width, head_width, head_layers)
         self.cond_diffloss = GridDenoiser(
@@ -337,7 +337,7 @@ class HiMAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
         """That of the dense level: random, in the 4 calls of the published figures. `over_levels` puts the first phase before it."""
         return make_order("random", self.grid, steps=min(DENSE_STEPS, grid_size(self.grid)), schedule="mar")
 
-    def over_levels(self, order: BaseOrder, low_steps: int | None = None, seed: int = 0) -> LevelsOrder:
+    def over_levels(self, order: BaseOrder, low_steps: int | None = None, seed: int = 0) -> BaseOrder:
         """`order` of the dense level as the second phase, a random order of the low-resolution level as the first.
 
         low_steps: its calls (None: 4 for every row of the low grid, as released, or a token a call where there are fewer).

@@ -2,7 +2,7 @@
 
 A family says what its network makes of a condition (`context`, once a run) and of the tokens (`run`). Nothing is cached:
 attention is bidirectional, so every token that becomes known changes all others. Known tokens are simply not masked, which
-makes inpainting free, and any order can be followed.
+makes inpainting free, and any order can be followed: what is unknown is masked, whatever is asked for next.
 
 Shapes: B batch, R guidance rows, L tokens of a picture, m targets, D width, V codes.
 """
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
 from vgen.layers.transformer import Checkpointed
-from vgen.samplers.orders.base import BaseOrder
+from vgen.models.base import Generator
 from vgen.samplers.predictions import Logits
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, as_grid, grid_size
+from vgen.samplers.types import Canvas, Condition, Counters, Step, grid_size
 from vgen.sizes import NamedSizes
 
 # Share of the tokens that is masked in training, as a function of t ~ U(0, 1) (MaskGIT, section 3.3; MUSE, arXiv 2301.00704).
@@ -86,18 +86,17 @@ class MaskedState:
         return replace(self, context=tuple(part[index] for part in self.context))
 
 
-class MaskedModel(NamedSizes, Checkpointed):
+class MaskedModel(NamedSizes, Checkpointed, Generator):
     """Files and the start of a run. IGNORED: first parts of keys that may be left over."""
 
     IGNORED: ClassVar[tuple[str, ...]] = ()
     _supports_gradient_checkpointing = True
 
-    def set_grid(self, grid: Sequence[int], width: int, heads: int) -> None:
+    def set_stack(self, grid: Sequence[int], width: int, heads: int) -> None:
         """Called by constructors. Raises VgenError for heads that do not divide the width."""
         if width % heads:
             raise VgenError(f"width {width} must be a multiple of the {heads} heads")
-        self.grid: Grid = as_grid(grid)
-        self.grids: tuple[Grid, ...] = (self.grid,)  # levels of the canvas; families with several replace it
+        self.set_grids(grid)
         self.gradient_checkpointing = False
 
     # ---------------------------------------------------------------- files
@@ -126,14 +125,7 @@ class MaskedModel(NamedSizes, Checkpointed):
         """What the network reads of a condition: tensors [B, …], made once a run."""
         raise NotImplementedError
 
-    def check_condition(self, condition: Condition) -> None:
-        """Raises VgenError unless `condition` is of the model's kind. Synchronises: once a run."""
-        raise NotImplementedError
-
     # ---------------------------------------------------------------- decoding (TokenModel)
-
-    def check_order(self, order: BaseOrder) -> None:
-        """Any order will do: what is unknown is masked, whatever is asked for next."""
 
     @torch.no_grad()
     def start(self, conditions: Sequence[Condition], canvas: Canvas) -> MaskedState:
@@ -147,9 +139,6 @@ class MaskedModel(NamedSizes, Checkpointed):
             self.check_condition(condition)
         parts = zip(*(self.context(condition) for condition in conditions))
         return MaskedState(tuple(torch.cat(part) for part in parts), len(conditions), Counters())
-
-    def commit(self, state: MaskedState, step: Step, canvas: Canvas) -> None:
-        """Nothing to store: the next call reads the canvas."""
 
 
 class MaskedTokenModel(MaskedModel):

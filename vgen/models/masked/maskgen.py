@@ -90,8 +90,9 @@ class MaskGen(MaskedModel):
             )
         return self._with_score(self.vocabulary.null(len(condition.mask)), condition)
 
-    def drop(self, condition: Condition, null: Condition, uniform: Tensor | None = None) -> Condition:
-        """Training: captions become empty (`null`, of the same shapes) with probability `condition_dropout`. uniform: [B] draws."""
+    def drop(self, condition: Condition, uniform: Tensor | None = None) -> Condition:
+        """Training: captions become empty with probability `condition_dropout`. uniform: [B] draws."""
+        null = self.null(condition)
         batch, device = len(condition.mask), condition.mask.device
         uniform = torch.rand(batch, device=device) if uniform is None else uniform
         rows = torch.where(uniform < self.config.condition_dropout, batch, 0) + torch.arange(batch, device=device)
@@ -141,7 +142,7 @@ class MaskGenVQ(MaskGen, MaskedTokenModel, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.vocabulary = None
-        self.set_grid(grid, width, heads)
+        self.set_stack(grid, width, heads)
         self.embeddings = nn.Embedding(codes + 1 + spare_rows, width)
         self.pos_embed = nn.Parameter(torch.empty(1, grid_size(self.grid), width))
         self.text_embed_proj = nn.Linear(text_width, width)

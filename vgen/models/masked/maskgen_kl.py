@@ -62,7 +62,7 @@ class MaskGenKL(MaskGen, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.vocabulary = None
-        self.set_grid(grid, width, heads)
+        self.set_stack(grid, width, heads)
         length = grid_size(self.grid)
         self.z_proj = nn.Linear(channels, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=EPS)

@@ -97,7 +97,7 @@ class MaskGITViT(MaskGIT, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.set_vocabulary()
-        self.set_grid(grid, width, heads)
+        self.set_stack(grid, width, heads)
         blocks = (BertBlock(width, heads, hidden, dropout, attention_dropout) for _ in range(layers))
         self.model = nn.ModuleDict(
             {
@@ -151,7 +151,7 @@ class MaskGITUViT(MaskGIT, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.set_vocabulary()
-        self.set_grid(grid, width, heads)
+        self.set_stack(grid, width, heads)
         shape, options = (width, heads, hidden), {"eps": EPS, "bias": False}
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size(self.grid), width))
         self.embeddings = nn.Embedding(self.rows(), width)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
+from vgen.models.base import Generator
 from vgen.models.ming.files import IMAGE_GATE, published_names
 from vgen.models.ming.flow_head import MingFlowHead
 from vgen.models.ming.guidance import cache_rows, positions_of
@@ -37,7 +38,7 @@ from vgen.samplers.choice import FlowChoice
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.predictions import Flow
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, as_grid, grid_size
+from vgen.samplers.types import Canvas, Condition, Counters, Step, grid_size
 from vgen.tokenizers_vis.mingtok.mingtok import MingTok
 from vgen.tokenizers_vis.mingtok.nets import SemanticMemory
 
@@ -87,7 +88,7 @@ class MingState:
         )
 
 
-class MingUniVision(ModelMixin, ConfigMixin):
+class MingUniVision(Generator, ModelMixin, ConfigMixin):
     """One model that answers in words and pictures (module docstring).
 
     words, width, layers, heads, key_heads, head_dim, experts, experts_per_token, expert_hidden, shared_hidden, theta, eps,
@@ -137,7 +138,7 @@ class MingUniVision(ModelMixin, ConfigMixin):
         image_end: int = 126348,
     ):
         super().__init__()
-        self.grid: Grid = as_grid(grid)
+        self.set_grids(grid)
         specials = {END: end, START_OF_IMAGE: image_start, PATCH: image_patch, END_OF_IMAGE: image_end}
         if max(specials.values()) >= words:
             raise VgenError(f"the ids of the special words must be below the vocabulary of {words}, got {specials}")

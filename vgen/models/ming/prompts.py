@@ -22,6 +22,7 @@ from torch import Tensor
 from vgen.errors import VgenError
 from vgen.layers.pictures import Picture, open_picture
 from vgen.layers.pixels import centre_square, to_pixels
+from vgen.models.conditions.base import Conditions
 from vgen.models.ming.guidance import NULL, prompt_masks
 from vgen.samplers.types import Condition
 
@@ -58,7 +59,7 @@ class Prompt:
     pictures: tuple[Tensor, ...] = ()
 
 
-class MingPrompts:
+class MingPrompts(Conditions):
     """Writes prompts as ids, and ids as text.
 
     tokenizer: a `tokenizers.Tokenizer`, or what has its `encode(text, add_special_tokens)`, `decode(ids)` and `token_to_id`;

@@ -29,11 +29,12 @@ from vgen.errors import VgenError, nearest
 from vgen.layers.cache import KVCache
 from vgen.layers.modulation import FinalNorm, ModulatedBlock, Modulation, SelfAttention
 from vgen.layers.transformer import Checkpointed, GeluMLP
+from vgen.models.base import Generator
 from vgen.models.conditions.classes import ClassConditional, mean_vector, token_loss
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.predictions import Logits
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Step, as_grid, grid_size
+from vgen.samplers.types import Canvas, Condition, Counters, Step, grid_size
 
 # name: (width, layers, heads, hidden). Paper, table 1, and the released files.
 SIZES = {
@@ -108,7 +109,7 @@ class Plan:
         return self.slots.stop - self.slots.start, self.slots.stop
 
 
-class RARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
+class RARModel(ClassConditional, Checkpointed, Generator, ModelMixin, ConfigMixin):
     """Class-conditional generator over discrete tokens (module docstring).
 
     codes: visual vocabulary; conditioning: class, or words (`ClassConditional`); classes: class labels, the null class not counted; grid: (T, H, W) or (H, W); width, layers,
@@ -138,7 +139,7 @@ class RARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
         super().__init__()
         if width % heads:
             raise VgenError(f"width {width} must be a multiple of the {heads} heads")
-        self.grid: Grid = as_grid(grid)
+        self.set_grids(grid)
         self.set_vocabulary()
         length = grid_size(self.grid)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -317,6 +318,3 @@ class RARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
         state.length = plan.slots.stop
         state.counters.add(logits.shape[0], plan.shape_key[0])
         return Logits(rearrange(logits, "(r b) m v -> r b m v", r=state.rows))
-
-    def commit(self, state: RARState, step: Step, canvas: Canvas) -> None:
-        """Nothing to store: the next call feeds `canvas.fresh`."""

@@ -31,6 +31,7 @@ from vgen.layers.diffusion_head import TimeEmbedding
 from vgen.layers.modulation import Memory, Modulation, SelfAttention, modulate
 from vgen.layers.norm import RMSNorm
 from vgen.layers.transformer import Checkpointed, GeGLU
+from vgen.models.base import Generator
 from vgen.models.conditions.classes import ClassConditional, mean_vector
 from vgen.models.xar.entities import Layout, entity_grids, entity_order, with_scales
 from vgen.samplers.choice import FlowChoice
@@ -96,7 +97,7 @@ class Plan:
         return self.slots.stop - self.slots.start, self.slots.stop
 
 
-class XARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
+class XARModel(ClassConditional, Checkpointed, Generator, ModelMixin, ConfigMixin):
     """Generator of continuous tokens, entity by entity (module docstring).
 
     channels: C of a token, scaled as its tokenizer gives it; grid: (H, W) or (1, H, W); entities: see `entity_order`; width,
@@ -133,12 +134,12 @@ class XARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
             raise VgenError(
                 f"width {width} over {heads} heads must give a head size that is a multiple of 4, got {width / heads:g}"
             )
-        self.grid: Grid = as_grid(grid)
-        if self.grid[0] != 1:
-            raise VgenError(f"xAR makes pictures: the grid must be HxW, got {self.grid}")
+        whole = as_grid(grid)
+        if whole[0] != 1:
+            raise VgenError(f"xAR makes pictures: the grid must be HxW, got {whole}")
         with torch.device("cpu"):  # host tables, also while the parameters are made on the meta device
-            self.grids = entity_grids(entities, self.grid)  # levels of the canvas: more than one for scales only
-            self.order = entity_order(entities, self.grid)
+            self.set_grids(*entity_grids(entities, whole))  # more than one for scales only
+            self.order = entity_order(entities, whole)
         self.set_vocabulary()
         length, hidden = sum(map(grid_size, self.grids)), int(8 * width / 3)
 
@@ -293,8 +294,10 @@ class XARModel(ClassConditional, Checkpointed, ModelMixin, ConfigMixin):
         """The order of the entities it was trained with, the only one. Scales: that of the finest, see `over_levels`."""
         return self.order.inner[-1] if isinstance(self.order, LevelsOrder) else self.order
 
-    def over_levels(self, order: BaseOrder, low_steps: int | None = None, seed: int = 0) -> LevelsOrder:
+    def over_levels(self, order: BaseOrder, low_steps: int | None = None, seed: int = 0) -> BaseOrder:
         """Scales: `order` of the finest one, with the others before it. Raises VgenError for `low_steps`: a scale is one call."""
+        if len(self.grids) == 1:
+            return order
         if low_steps is not None:
             raise VgenError("xAR makes every scale in one call; leave out low_steps")
         return LevelsOrder((*self.order.inner[:-1], order))

@@ -263,7 +263,7 @@ class GeneratorSystem:
             return self.vocabulary.captions(captions)
         if isinstance(self.vocabulary, ClassVocabulary):
             return self.vocabulary.labels(labels.tolist(), strict=False)
-        limit = self.model.config.get("prefix_limit", 0)
+        limit = self.model.prefix_limit
         rows = []
         for index, (caption, label) in enumerate(zip(captions, labels.tolist())):
             if by_class is not None and by_class[index] and label >= 0:
@@ -290,7 +290,7 @@ class GeneratorSystem:
             names = [self.train_tokens.class_names[label] for label in labels]
         else:
             names = [self.train_tokens.captions[i] for i in spread(len(self.train_tokens), 16)]
-            limit = self.model.config.get("prefix_limit", 0)
+            limit = self.model.prefix_limit
             if limit:  # as training cuts them
                 names = [self.vocabulary.shortened(name, limit) for name in names]
             images = pipe(names, seed=seed).images
@@ -335,7 +335,7 @@ class GeneratorSystem:
 
     def _pipeline(self, tokenizer: ModelMixin, model: ModelMixin) -> VisualPipeline:
         settings = asdict(self.config.sampling)
-        if getattr(model.vocabulary, "unconditional", False):  # nothing to be guided to: one row a picture is enough
+        if model.vocabulary.unconditional:  # nothing to be guided to: one row a picture is enough
             settings |= {"guidance_scale": 1.0, "low_guidance_scale": None}
         return VisualPipeline(
             tokenizer, model, **{**settings, "order": settings["order"] or model.default_order().name}

@@ -99,10 +99,6 @@ class MaskGenSystem(GeneratorSystem):
         del options["kind"]
         return {**options, "grid": tokens.grid, "condition_dropout": config.condition.dropout}
 
-    def drop(self, condition: Condition, uniform: Tensor) -> Condition:
-        """The empty caption in some rows."""
-        return self.model.drop(condition, self.vocabulary.null(len(condition.mask)), uniform)
-
     def _objective(
         self, condition: Condition, batch: Mapping[str, Any], draws: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
