@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DIRECTION = [
     "vgen.errors",
     "vgen.values",
+    "vgen.plugins",
     "vgen.files",
     "vgen.saved",
     "vgen.sizes",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgen.errors import VgenError, nearest
+from vgen.plugins import known, register_class
 from vgen.saved import WEIGHTS, has_model, open_saved, read_json
 
 if TYPE_CHECKING:
@@ -37,6 +38,15 @@ SHIPPED = {
 }
 
 
+def register_tokenizer(family: str, kind: type) -> None:
+    """Adds a family of tokenizers to the table, from a module outside of vgen (see `vgen.plugins`): what it saved opens from then on.
+
+    kind: a class of diffusers' ModelMixin and ConfigMixin with `spec`, `encode` and `decode` (tokenizers_vis/base.py). VgenError:
+    it lacks one of them, or the name of the family or of the class is taken.
+    """
+    register_class(TOKENIZERS, "tokenizer", family, kind, ("from_pretrained", "spec", "encode", "decode"))
+
+
 def shipped_tokenizer(name: str) -> ModelMixin:
     """A tokenizer of SHIPPED; no network needed. Raises VgenError for another name."""
     if name not in SHIPPED:
@@ -46,7 +56,7 @@ def shipped_tokenizer(name: str) -> ModelMixin:
 
 def tokenizer_class(family: str) -> Any:
     """The class of a family of TOKENIZERS. VgenError for an unknown one, naming the nearest."""
-    if family not in TOKENIZERS:
+    if not known(TOKENIZERS, family):
         raise VgenError(
             f"unknown tokenizer family {family!r}{nearest(family, TOKENIZERS)}; families: {', '.join(TOKENIZERS)}"
         )
@@ -83,12 +93,17 @@ def saved_family(folder: str | Path) -> str:
     """The family of the tokenizer saved in `folder` (see `find_tokenizer`). VgenError: none of TOKENIZERS."""
     folder = find_tokenizer(folder)
     kind = read_json(folder / "config.json").get("_class_name")
-    families = {name: family for family, (_, name) in TOKENIZERS.items()}
-    if kind not in families:
+    if not known(class_families, kind):
         raise VgenError(
-            f"{folder} holds a {kind}, expected a tokenizer ({', '.join(families)}); name the folder of a tokenizer"
+            f"{folder} holds a {kind}, expected a tokenizer ({', '.join(class_families())}); name the folder of a tokenizer, or load "
+            "the plug-in that this one is from (--plugin MODULE)"
         )
-    return families[kind]
+    return class_families()[kind]
+
+
+def class_families() -> dict[str, str]:
+    """Name of a class of TOKENIZERS -> its family."""
+    return {name: family for family, (_, name) in TOKENIZERS.items()}
 
 
 def saved_class(folder: str | Path) -> Any:

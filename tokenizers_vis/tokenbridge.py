@@ -23,7 +23,7 @@ from vgen.errors import VgenError, nearest
 from vgen.samplers.types import Grid
 from vgen.tokenizers_vis.base import check_tokens
 from vgen.tokenizers_vis.latents.dimensionwise import DimensionwiseQuantizer
-from vgen.tokenizers_vis.registry import TOKENIZERS, tokenizer_class
+from vgen.tokenizers_vis.registry import class_families, tokenizer_class
 
 # Keyword arguments of TokenBridge. kl-16-6bit: the tokenizer of both published generators.
 SIZES: dict[str, dict[str, Any]] = {"kl-16-6bit": {"family": "kl", "bits": 6}}
@@ -60,7 +60,7 @@ class TokenBridge(ModelMixin, ConfigMixin):
     @classmethod
     def quantize(cls, continuous: ModelMixin, **options: Any) -> TokenBridge:
         """A trained continuous tokenizer, quantised; it is shared, not copied. options: bits, low, high, std_range."""
-        families = {name: family for family, (_, name) in TOKENIZERS.items()}
+        families = class_families()
         kind = type(continuous).__name__
         if kind not in families:
             raise VgenError(f"a {kind} is none of vgen's tokenizers ({', '.join(families)})")

@@ -23,6 +23,10 @@ _LAZY = {
     "FlowChoice": "vgen.samplers.choice",
     "PhiloxNoise": "vgen.samplers.noise",
     "VgenError": "vgen.errors",
+    "register_order": "vgen.samplers.orders",
+    "register_tokenizer": "vgen.tokenizers_vis.registry",
+    "register_model": "vgen.models.registry",
+    "register_system": "vgen.train.config",
 }
 
 __all__ = ["__version__", *_LAZY]
@@ -31,15 +35,18 @@ if TYPE_CHECKING:
     from vgen.errors import VgenError
     from vgen.models.anyorder import AnyOrderModel
     from vgen.models.conditions.vocabulary import Vocabulary
+    from vgen.models.registry import register_model
     from vgen.pipelines.pipeline import VisualPipeline
     from vgen.pipelines.unified import UnifiedPipeline
     from vgen.samplers.choice import DiffusionChoice, FlowChoice, TokenChoice
     from vgen.samplers.decode import decode
     from vgen.samplers.guidance import ClassifierFree
     from vgen.samplers.noise import PhiloxNoise
-    from vgen.samplers.orders import make_order
+    from vgen.samplers.orders import make_order, register_order
     from vgen.samplers.types import Canvas
+    from vgen.tokenizers_vis.registry import register_tokenizer
     from vgen.tokenizers_vis.vq import VQModel
+    from vgen.train.config import register_system
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vgen.errors import VgenError, nearest
+from vgen.plugins import known, register
 from vgen.samplers.orders import confidence
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.orders.diagonal import diagonal
@@ -229,6 +230,20 @@ ORDERS: dict[str, OrderKind] = {
 }
 
 
+def register_order(name: str, kind: OrderKind) -> None:
+    """Adds an order to the table, from a module outside of vgen (see `vgen.plugins`); then `make_order(name, grid)` makes it.
+
+    VgenError: the name is taken or has other signs than small letters, digits and _; the option `short` is none of its options.
+    """
+    if not isinstance(kind, OrderKind):
+        raise VgenError(f"an order is registered as an OrderKind (vgen.samplers.orders), got {kind!r}")
+    if kind.short is not None and kind.short not in kind.options:
+        raise VgenError(
+            f"order {name!r}: short={kind.short!r} is none of its options ({', '.join(kind.options) or 'none'})"
+        )
+    register(ORDERS, "order", name, kind, kind.build.__module__)
+
+
 def make_order(name: str, grid: int | tuple[int, ...], **options: Any) -> BaseOrder:
     """The order `name` on `grid`.
 
@@ -266,7 +281,7 @@ def read_order(text: str) -> tuple[str, dict[str, str]]:
     """'regions-4' or 'random:steps=8,seed=1' -> (name, options as text). Raises VgenError for an unknown name."""
     head, _, tail = string(text, "the name of an order").partition(":")
     name, dash, value = head.partition("-")
-    if name not in ORDERS:
+    if not known(ORDERS, name):
         raise VgenError(f"unknown order {name!r}{nearest(name, ORDERS)}; orders: {', '.join(ORDERS)}")
     options: dict[str, str] = {}
     if dash:

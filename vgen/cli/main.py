@@ -12,9 +12,10 @@ from typing import NoReturn
 
 from vgen import __version__
 from vgen.errors import VgenError, in_words, nearest
+from vgen.plugins import load_plugin
 
 # command -> (module under vgen.cli, one-line summary). A module has EPILOG, add_arguments(parser), run(args) -> None, and may have
-# check(args) -> None, which runs first: the values of arguments, files that must be there, places that must be writable. It must
+# PLUGINS = True, for --plugin, and check(args) -> None, which runs first: the values of arguments, files that must be there, places that must be writable. It must
 # not import torch (tests/cli/test_main.py), so that what can be refused is refused at once.
 COMMANDS = {
     "sample": ("sample", "make pictures from words, in any decode order"),
@@ -26,6 +27,8 @@ COMMANDS = {
     "data": ("data", "build or inspect datasets (e.g. `vgen data emoji`)"),
     "orders": ("orders", "draw the decode orders and their number of forward passes"),
 }
+
+PLUGIN_HELP = "a module (or .py file) of yours with orders, tokenizers or models; repeatable (docs/architecture.md)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,6 +79,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show the full traceback of an error")
         if module:
             module.add_arguments(sub)
+            if getattr(module, "PLUGINS", False):
+                sub.add_argument("--plugin", action="append", default=[], metavar="MODULE", help=PLUGIN_HELP)
             sub.set_defaults(run=module.run, check=getattr(module, "check", None))
     return parser
 
@@ -87,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     command = next((word for word in argv if word in COMMANDS), None)
     try:
         args = build_parser(command).parse_args(argv)
+        for name in getattr(args, "plugin", ()):
+            load_plugin(name)
         if args.check is not None:
             args.check(args)
         args.run(args)

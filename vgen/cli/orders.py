@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vgen.cli.arguments import whole, writable_file
 from vgen.errors import VgenError
+from vgen.plugins import load_installed, registered
 
 EPILOG = """examples:
   vgen orders                                             # the table only
@@ -17,6 +18,7 @@ EPILOG = """examples:
 
 an order is written NAME, NAME-VALUE (its first option) or NAME:option=value,option=value
 """
+PLUGINS = True
 
 # What is drawn when no --order is given; `frames` joins for videos. `given` needs a file.
 GALLERY = (
@@ -65,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
         orders = [_make(name, grid, args.seed) for name in args.order]
     else:
         orders = []
-        for name in VIDEO_GALLERY if grid[0] > 1 else GALLERY:
+        load_installed()
+        for name in (*(VIDEO_GALLERY if grid[0] > 1 else GALLERY), *registered("order")):
             try:
                 orders.append(_make(name, grid, args.seed))
             except VgenError as error:  # not every order divides every grid

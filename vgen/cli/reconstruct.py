@@ -33,6 +33,7 @@ EPILOG = """examples:
 
 Originals above, reconstructions below; PSNR and SSIM are means over all pictures (LPIPS with --lpips-vgg and --lpips-heads).
 """
+PLUGINS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

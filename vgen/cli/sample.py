@@ -54,6 +54,7 @@ EPILOG = """examples:
 Picture i of a run depends on --seed and i only, never on the batch size. A folder is written picture by picture: after Ctrl-C, a
 kill or a full disk the same command makes what is missing, and --first 1600 continues behind picture 1599.
 """
+PLUGINS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ EPILOG = """examples:
 
 Writes OUT/SPLIT.safetensors and OUT/SPLIT.json for every split. Interrupted, the same command continues. Run again, it codes what
 changed since (pictures, tokenizer, settings; for captions, labels and class names the tokens stay) and keeps the rest."""
+PLUGINS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

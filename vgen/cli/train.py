@@ -18,6 +18,7 @@ Settings (key=value) stand right behind CONFIG, options before it or after them.
 Ctrl-C finishes the step, saves and stops; the same command continues with bit-identical results.
 Exit codes: 0 when all steps are done and the model is written, 130 after Ctrl-C, 143 after SIGTERM, 124 after
 time_limit_minutes, 2 for bad input: `vgen train … && vgen tokenize …` goes on with finished models only."""
+PLUGINS = True
 
 
 def check(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from vgen.errors import VgenError, nearest
+from vgen.plugins import known, register_class
 
 # family -> (module, class). Classes have `from_pretrained(folder)`; those with published files also `from_original(path, config)`
 # and `size_config(size)`, and those that take text `read_words(paths)` for what makes conditions of it.
@@ -30,9 +31,18 @@ GENERATORS = {
 }
 
 
+def register_model(family: str, kind: type) -> None:
+    """Adds a family of generators to the table, from a module outside of vgen (see `vgen.plugins`): its saved pipelines open from then on.
+
+    kind: a class of diffusers' ModelMixin and ConfigMixin that decodes and learns (vgen/models/base.py). VgenError: it lacks a
+    method, or the name of the family or of the class is taken.
+    """
+    register_class(GENERATORS, "model", family, kind, ("from_pretrained", "start", "predict", "commit"))
+
+
 def generator_class(family: str) -> Any:
     """The class of a family of GENERATORS. VgenError for an unknown one, naming the nearest."""
-    if family not in GENERATORS:
+    if not known(GENERATORS, family):
         raise VgenError(
             f"unknown generator family {family!r}{nearest(family, GENERATORS)}; families: {', '.join(GENERATORS)}"
         )

@@ -11,12 +11,10 @@ from typing import Any
 
 from vgen.errors import VgenError, nearest
 from vgen.models.registry import GENERATORS
+from vgen.plugins import known
 from vgen.saved import AGAIN, open_saved, read_json
 from vgen.tokenizers_vis.registry import TOKENIZERS
 
-# Modules whose classes a saved pipeline may hold. Only those that it names are imported, and a file cannot add to this:
-# what is not listed is refused before anything is imported.
-COMPONENTS = frozenset(module for module, _ in (*GENERATORS.values(), *TOKENIZERS.values()))
 # Where the modules were when vgen 0.1 wrote folders that still open.
 MOVED = {
     "vgen.models.dar": "vgen.models.dar.dar",
@@ -67,17 +65,26 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     return index
 
 
+def component_modules() -> frozenset[str]:
+    """Modules whose classes a saved pipeline may hold: of vgen's tables, with what plug-ins registered.
+
+    Only those that it names are imported, and a file cannot add to this: what is not listed is refused before anything is imported.
+    """
+    return frozenset(module for module, _ in (*GENERATORS.values(), *TOKENIZERS.values()))
+
+
 def component_names(index: dict[str, Any], source: str | Path) -> dict[str, tuple[str, str]]:
-    """role -> (module, class) of an index; VgenError for a role that is missing or a module outside of COMPONENTS."""
+    """role -> (module, class) of an index; VgenError for a role that is missing or one that is not of `component_modules`."""
     names = {}
     for role in ROLES:
         entry = index.get(role)
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
             raise VgenError(f"{source} names no {role} as [module, class], found {entry!r}; {AGAIN}")
         module = MOVED.get(entry[0], entry[0])
-        if module not in COMPONENTS:
+        if not known(component_modules, module):
             raise VgenError(
-                f"{source} wants the {role} from {entry[0]}, which is no module of vgen's models; vgen loads no code that a file names"
+                f"{source} wants the {role} from {entry[0]}, which is no module of vgen's models nor of a plug-in that is loaded; vgen loads "
+                f"no code that a file names: if you trust it, load the plug-in yourself (--plugin {entry[0]}, or import it in Python)"
             )
         names[role] = (module, entry[1])
     return names
@@ -90,7 +97,7 @@ def names_moved_modules(folder: str | Path) -> bool:
 
 
 def component_class(module: str, name: str) -> Any:
-    """A class of a module of COMPONENTS (see `component_names`). VgenError: the module has no model of this name."""
+    """A class of a module of `component_modules` (see `component_names`). VgenError: the module has no model of this name."""
     found = getattr(importlib.import_module(module), name, None)
     if not (isinstance(found, type) and found.__module__ == module and hasattr(found, "from_pretrained")):
         raise VgenError(f"{module} has no model {name}; a newer vgen wrote this pipeline: update vgen")

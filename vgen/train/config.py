@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vgen.errors import VgenError, nearest
+from vgen.plugins import known, register
 from vgen.recipes import find_config
 from vgen.settings import (
     merge,
@@ -167,9 +168,21 @@ def todays_words(layer: Mapping[str, Any]) -> dict[str, Any]:
     return {**layer, "precision": "fp32"} if layer.get("precision") == "no" else dict(layer)
 
 
+def register_system(name: str, module: str) -> None:
+    """Adds a system to the table, from a module outside of vgen (see `vgen.plugins`): configs then say `system: name`.
+
+    module: the name of a module with `Config`, `check` and `build` (vgen/train/system.py); it is imported when a config asks for it.
+    """
+    if not isinstance(module, str):
+        raise VgenError(
+            f"a system is registered by the name of its module (`register_system(…, __name__)`), got {module!r}"
+        )
+    register(SYSTEMS, "system", name, module, module)
+
+
 def known_system(name: Any) -> str:
     """`name`. Raises VgenError unless it is one of SYSTEMS."""
-    if not isinstance(name, str) or name not in SYSTEMS:
+    if not known(SYSTEMS, name):
         raise VgenError(f"config: unknown system {name!r}{nearest(str(name), SYSTEMS)}; known: {', '.join(SYSTEMS)}")
     return name
 

@@ -22,7 +22,7 @@ from vgen.tokenizers_vis.flextok.flextok import FlexTok, token_counts
 from vgen.tokenizers_vis.flextok.training import KEEP, FlexTokObjective
 from vgen.tokenizers_vis.flextok.vae import FlexTokVAE
 from vgen.tokenizers_vis.losses.alignment import Teacher
-from vgen.tokenizers_vis.registry import TOKENIZERS, find_tokenizer, open_tokenizer
+from vgen.tokenizers_vis.registry import class_families, find_tokenizer, open_tokenizer
 from vgen.train.config import TrainConfig
 from vgen.train.seeds import derived_seed
 from vgen.train.system import Loss, autocast, spread, to_dtype
@@ -135,9 +135,8 @@ def make_model(config: Config, vae: ModelMixin | None) -> FlexTok:
     changes = {key: value for key, value in chosen.items() if key not in ("size", "vae", "vae_scale")}
     changes |= {"guidance": sampling.guidance, "steps": sampling.steps, "vae_family": None}
     if vae is not None:
-        families = {name: family for family, (_, name) in TOKENIZERS.items()}
         options = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-        changes |= {"vae_family": families[type(vae).__name__], "vae_options": options}
+        changes |= {"vae_family": class_families()[type(vae).__name__], "vae_options": options}
     model = FlexTok.of_size(settings.size, **changes)
     if vae is not None:
         model.vae = vae
