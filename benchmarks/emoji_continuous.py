@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from vgen.cli.sample import load_pipeline
+import vgen
+from vgen.cli.arguments import usable_device
 from vgen.eval.captions import CaptionTask
 from vgen.eval.frechet import frechet_distance, pair_rows, token_rows
 from vgen.eval.report import machine_line
@@ -145,7 +146,10 @@ def main() -> None:
         if not args.no_train:
             train(config)
     flops = {name: training_flops(config) for name, config in configs.items()}
-    pipes = {name: load_pipeline(str(Path(config.out) / "model"), args.device) for name, config in configs.items()}
+    pipes = {
+        name: vgen.load(Path(config.out) / "model", device=usable_device(args.device))
+        for name, config in configs.items()
+    }
     first = next(iter(pipes.values()))
     size = first.tokenizer.spec.pixels(first.model.grid)[1]
     task = CaptionTask.draw(args.data, args.tokens, size, args.captions)

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from vgen.cli.sample import load_pipeline
+import vgen
+from vgen.cli.arguments import usable_device
 from vgen.eval.captions import CaptionTask, ordered_loss
 from vgen.eval.report import machine_line
 from vgen.files import atomic_path, write_json
@@ -129,7 +130,10 @@ def main() -> None:
     for config in configs.values():
         if not args.no_train:
             train(config)
-    pipes = {file: load_pipeline(str(Path(config.out) / "model"), args.device) for file, config in configs.items()}
+    pipes = {
+        file: vgen.load(Path(config.out) / "model", device=usable_device(args.device))
+        for file, config in configs.items()
+    }
     first = next(iter(pipes.values()))
     size = first.tokenizer.spec.pixels(first.model.grid)[1]
     task = CaptionTask.draw(args.data, args.tokens, size, args.captions)

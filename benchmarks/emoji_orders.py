@@ -22,7 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vgen.cli.sample import load_pipeline
+import vgen
+from vgen.cli.arguments import usable_device
 from vgen.eval.captions import CaptionTask, ordered_loss
 from vgen.eval.report import machine_line
 from vgen.files import atomic_path, write_json
@@ -75,7 +76,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    pipe = load_pipeline(args.model, args.device)
+    pipe = vgen.load(args.model, device=usable_device(args.device))
     size = pipe.tokenizer.spec.pixels(pipe.model.grid)[1]
     task = CaptionTask.draw(args.data, args.tokens, size, args.captions)
     settings = {"guidance_scale": args.guidance_scale, "temperature": args.temperature}

@@ -21,7 +21,8 @@ from pathlib import Path
 from diffusers import ModelMixin
 from tqdm import tqdm
 
-from vgen.cli.reconstruct import load_pictures, load_tokenizer
+import vgen
+from vgen.cli.reconstruct import load_pictures
 from vgen.eval.reconstruction import cost, joined, reconstruct_batches
 from vgen.eval.report import machine_line
 from vgen.files import atomic_path, write_json
@@ -98,7 +99,7 @@ def main() -> None:
 
 def variants(name: str) -> Iterator[tuple[str, ModelMixin, int | None]]:
     """(label, tokenizer, kept tokens): a tokenizer, with fewer tokens where it can, quantised where it is continuous."""
-    tokenizer = load_tokenizer(name)
+    tokenizer = vgen.load_tokenizer(name)
     name = Path(name).parent.name if Path(name).is_dir() else name  # runs/emoji/flextok/model -> flextok
     for kept in token_counts(tokenizer.config.registers)[:-1] if isinstance(tokenizer, FlexTok) else ():
         yield name, tokenizer, kept

@@ -14,6 +14,8 @@ _LAZY = {
     "VQModel": "vgen.tokenizers_vis.vq",
     "VisualPipeline": "vgen.pipelines.pipeline",
     "UnifiedPipeline": "vgen.pipelines.unified",
+    "load": "vgen.convert.load",
+    "load_tokenizer": "vgen.convert.load",
     "make_order": "vgen.samplers.orders",
     "decode": "vgen.samplers.decode",
     "Canvas": "vgen.samplers.types",
@@ -32,6 +34,7 @@ _LAZY = {
 __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
+    from vgen.convert.load import load, load_tokenizer
     from vgen.errors import VgenError
     from vgen.models.anyorder import AnyOrderModel
     from vgen.models.conditions.vocabulary import Vocabulary

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import vgen
+from tests.models.conditions.test_t5 import encoder_folder  # noqa: F401
 from vgen.cli.main import main
 from vgen.convert import published as registry
 from vgen.convert.load import load_published
@@ -10,6 +12,7 @@ from vgen.convert.published import published
 from vgen.errors import VgenError
 from vgen.models.llama.llamagen import LlamaGenModel
 from vgen.models.registry import GENERATORS
+from vgen.pipelines.pipeline import VisualPipeline
 from vgen.tokenizers_vis.registry import TOKENIZERS
 from vgen.tokenizers_vis.vq import VQModel
 
@@ -118,3 +121,59 @@ def test_every_listed_family_has_a_model_or_is_known_to_have_none():
     assert listed["generator"] - set(GENERATORS) == {
         "gridar"
     }  # FlexAR's control on a grid: its layout is not published
+
+
+def test_names_of_every_kind_load(files, tmp_path, monkeypatch):
+    """Shipped, published, a folder, and a repository of the hub (of a stand-in: nothing is downloaded here)."""
+    made = vgen.load("tiny", checkpoint_dir=files)
+    made.save_pretrained(tmp_path / "saved")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or tmp_path / "saved")
+    tokens = made(class_labels=1, seed=3).tokens
+    for pipe in (vgen.load(tmp_path / "saved"), vgen.load("somebody/theirs")):
+        assert isinstance(pipe, vgen.VisualPipeline) and torch.equal(pipe(class_labels=1, seed=3).tokens, tokens)
+    for name in (tmp_path / "saved", "somebody/theirs"):
+        assert isinstance(vgen.load_tokenizer(name), VQModel)
+    assert asked == ["somebody/theirs"] * 2
+    tokenizer = vgen.load_tokenizer("tiny-vq", checkpoint_dir=files, dtype=torch.bfloat16)
+    assert not tokenizer.training and {p.dtype for p in tokenizer.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in tokenizer.parameters())
+
+
+@pytest.mark.parametrize("load", [vgen.load, vgen.load_tokenizer])
+def test_a_name_of_nothing_is_one_sentence_and_asks_no_network(load, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "file").write_text("")
+    for name in ("emojo", "runs/emoji", "a/b/c", "/nowhere/at/all", "file", "", "../x/y"):
+        with pytest.raises(VgenError):
+            load(name)
+    nearest = "emoji" if load is vgen.load else "emoji-kl"
+    with pytest.raises(VgenError, match=f"did you mean '{nearest}'"):
+        load(nearest + "x")
+
+
+def test_one_precision_reaches_a_frozen_text_encoder(encoder_folder):  # noqa: F811
+    model = LlamaGenModel(**OPTIONS, conditioning="text", caption_width=16, caption_tokens=6)
+    model.read_words({"text_encoder": encoder_folder})
+    pipe = VisualPipeline(VQModel(**TOKENIZER), model)
+
+    def precisions():
+        parts = (pipe.tokenizer, pipe.model, model.vocabulary.encoder)
+        return [{value.dtype for value in part.state_dict().values() if value.is_floating_point()} for part in parts]
+
+    pipe.move()
+    assert precisions() == [{torch.float32}, {torch.float32}, {torch.bfloat16}]  # as published, where nothing is said
+    pipe.move(dtype=torch.float64)
+    assert precisions() == [{torch.float64}] * 3
+    pipe.to(torch.float32)
+    assert precisions() == [{torch.float32}] * 3
+    pipe.to("cpu", torch.bfloat16)
+    assert precisions() == [{torch.bfloat16}] * 3
+    assert pipe("a red cat", order="raster", seed=1).tokens.shape == (1, 16)
+    # Half precision does not hold the range of some of T5's layers: transformers keeps them, and so does vgen.
+    wide = {name.split(".")[-2] for name, value in model.vocabulary.encoder.half().state_dict().items()}
+    pipe.move(dtype=torch.float16)
+    kept = {n.split(".")[-2] for n, v in model.vocabulary.encoder.state_dict().items() if v.dtype == torch.float32}
+    assert kept == {"wo"} < wide

@@ -20,7 +20,8 @@ from vgen.cli.arguments import (
     whole,
     writable_file,
 )
-from vgen.errors import VgenError, nearest
+from vgen.convert.load import check_tokenizer, load_tokenizer
+from vgen.errors import VgenError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """What can be refused before torch is imported."""
-    _check_model(args.model)
+    check_tokenizer(args.model)
     existing_data("--input", args.input)
     existing("--checkpoint-dir", args.checkpoint_dir, "folder")
     if (args.lpips_vgg is None) != (args.lpips_heads is None):
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     from vgen.viz.sheets import sheet
 
     device = usable_device(args.device)
-    tokenizer = load_tokenizer(args.model, args.checkpoint_dir)
+    tokenizer = load_tokenizer(args.model, checkpoint_dir=args.checkpoint_dir)
     size = height, width = reconstruction.picture_size(tokenizer.spec, args.size, _size_of(args.input) or 256)
     pictures = open_pictures(args.input, args.split, size)
     print(pictures.found)
@@ -155,34 +156,6 @@ def run(args: argparse.Namespace) -> None:
         named = {"model": args.model, "split": pictures.split, "pictures": count}
         named["size"] = height if height == width else size
         print(json.dumps({**named, "rows": rows, "out": str(args.out)}))
-
-
-def load_tokenizer(model: str, checkpoint_dir: Path | None = None):
-    """A shipped or published tokenizer by name, or a folder. Raises VgenError when there is none of these."""
-    from vgen.tokenizers_vis.registry import SHIPPED, open_tokenizer
-
-    _check_model(model)
-    if Path(model).is_dir() or model in SHIPPED:
-        return open_tokenizer(model)
-    from vgen.convert.load import load_published_tokenizer
-
-    return load_published_tokenizer(model, checkpoint_dir)
-
-
-def _check_model(model: str) -> None:
-    """VgenError unless `model` names a tokenizer or a folder with one. Imports no torch."""
-    from vgen.convert.published import names, published
-    from vgen.tokenizers_vis.registry import SHIPPED, saved_family
-
-    if Path(model).is_dir():
-        saved_family(model)
-        return
-    if model in SHIPPED or (model in names() and published(model).kind == "tokenizer"):
-        return
-    raise VgenError(
-        f"there is no tokenizer {model!r}{nearest(model, [*SHIPPED, *names()])}; --model takes a shipped one ({', '.join(SHIPPED)}), "
-        "a published one (`vgen convert --list` prints them) or a folder"
-    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vgen.cli.arguments import device, existing, margins, number, usable_device, whole, writable_file
 from vgen.cli.sample_files import OneFile, SampleFolder, caption, destination
-from vgen.errors import VgenError, nearest
+from vgen.convert.load import check_pipeline, load_as
+from vgen.errors import VgenError
 from vgen.saved import read_json
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="emoji",
         metavar="NAME|FOLDER",
-        help="a shipped model (emoji, the default), a published one (e.g. llamagen-c2i-B-256) or a folder written by `vgen train`",
+        help="a shipped model (emoji, the default), a published one (e.g. llamagen-c2i-B-256), a folder written by `vgen train`, "
+        "or a repository of the hub (owner/name)",
     )
     what.add_argument(
         "--checkpoint-dir",
@@ -161,7 +163,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda, mps (default: the best there is)")
     machine.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default float32)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision of all parts (default float32, a text encoder as it was trained with)",
     )
     machine.add_argument(
         "--compile", action="store_true", help="torch.compile the transformer blocks (pays off for many pictures)"
@@ -194,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Looks at everything that can be refused without the model: prompts, options, files and places for results."""
-    check_model(args.model)
+    check_pipeline(args.model)
     if args.list_words:
         return
     _order_options(args.order_option)
@@ -209,7 +213,19 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Loads, decodes, writes every picture when it is finished."""
-    pipe = load_pipeline(args.model, args.device, args.dtype, args.checkpoint_dir)
+    import torch
+    from diffusers.utils.logging import disable_progress_bar
+
+    from vgen.pipelines.visual import Sampler, Stats
+
+    disable_progress_bar()  # loading takes a second; its bar would only hide our own lines
+    pipe = load_as(
+        Sampler,
+        args.model,
+        checkpoint_dir=args.checkpoint_dir,
+        device=usable_device(args.device),
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+    )
     if args.list_words:
         vocabulary = pipe.model.vocabulary
         if vocabulary is None or vocabulary.words is None:
@@ -217,10 +233,8 @@ def run(args: argparse.Namespace) -> None:
         print(" ".join(vocabulary.words))
         return
 
-    import torch
     from tqdm import tqdm
 
-    from vgen.pipelines.visual import Stats
     from vgen.viz.trace import Trace, save_animation
 
     prompts, target = _prompts(args), _destination(args)
@@ -327,7 +341,7 @@ def _settings(args: argparse.Namespace, pipe: Sampler, order: Order, given: Mapp
         **chosen,
         **{name: {"name": path.name, "sha256": sha256(path)} for name, path in files.items()},
         **({"outpaint": args.outpaint, "paste_back": args.paste_back} if args.init_image else {}),
-        "dtype": args.dtype,
+        "dtype": args.dtype or "float32",
         "device": str(pipe.device),
     }
 
@@ -340,46 +354,6 @@ def _destination(args: argparse.Namespace) -> OneFile | SampleFolder:
         subjects = [{"prompt": prompt} for prompt in prompts]
     each = [subject for subject in subjects for _ in range(args.num_images)]
     return destination(args.out, args.first, each, args.overwrite)
-
-
-def load_pipeline(
-    model: str, device: str | None = None, dtype: str = "float32", checkpoint_dir: Path | None = None
-) -> Sampler:
-    """A shipped or published model by name, or a pipeline folder. Raises VgenError when there is none of these."""
-    import torch
-    from diffusers.utils.logging import disable_progress_bar
-
-    from vgen.pipelines.components import SHIPPED
-    from vgen.pipelines.visual import Sampler
-
-    check_model(model)
-    disable_progress_bar()  # loading takes a second; its bar would only hide our own lines
-    device = usable_device(device)
-    if Path(model).is_dir():
-        pipe = Sampler.open(model)
-    elif model in SHIPPED:
-        pipe = Sampler.shipped(model)
-    else:
-        from vgen.convert.load import load_published
-
-        pipe = load_published(model, checkpoint_dir)
-    for part in (pipe.tokenizer, pipe.model):  # weights may be stored in half precision
-        torch.nn.Module.to(part, device, getattr(torch, dtype))  # diffusers' own `to` warns about nothing here
-    return pipe
-
-
-def check_model(model: str) -> None:
-    """VgenError unless `model` is the folder of a pipeline or the name of a shipped or published model. Imports no torch."""
-    from vgen.convert.published import names
-    from vgen.pipelines.components import SHIPPED, component_names, read_index
-
-    if Path(model).exists():
-        component_names(read_index(model), model)
-    elif model not in (*SHIPPED, *names()):
-        raise VgenError(
-            f"there is no model {model!r}{nearest(model, [*SHIPPED, *names()])}; --model takes a shipped model ({', '.join(SHIPPED)}), "
-            "a published one (`vgen convert --list` prints them) or a pipeline folder"
-        )
 
 
 def _prompts(args: argparse.Namespace) -> list[str] | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vgen.errors import VgenError, nearest
+from vgen.errors import VgenError, first_line, nearest
 from vgen.models.registry import GENERATORS
 from vgen.plugins import known
 from vgen.saved import AGAIN, open_saved, read_json
@@ -41,6 +42,7 @@ MOVED = {
 SHIPPED = ("emoji",)  # pipelines whose weights are in the package, vgen/assets/
 ROLES = ("tokenizer", "model")
 INDEX = "model_index.json"
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -135,3 +137,26 @@ def shipped_folder(name: str) -> Path:
             f"no model {name!r} ships with vgen{nearest(name, SHIPPED)} (shipped: {', '.join(SHIPPED)}); give a pipeline folder"
         )
     return Path(str(resources.files("vgen.assets") / name))
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether this may be a repository of the hub (owner/name): not where `owner` is a folder here, so that a path is meant."""
+    name = str(name)
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).parent.exists()
+
+
+def hub_copy(name: str, **options: Any) -> Path:
+    """The local copy of a hub repository (of the cache, or downloaded), without code. options: HUB_OPTIONS.
+
+    VgenError: no such folder here, and none there.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, **options))
+    except Exception as error:  # the hub client's errors (HTTP, offline, cache, name) have no common base
+        raise VgenError(
+            f"there is no folder {name} here, and the hub gave no repository of this name ({type(error).__name__}: "
+            f"{first_line(error)}); check the path, or connect to the network"
+        ) from error

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
-from vgen.errors import VgenError, first_line
-from vgen.pipelines.components import ROLES, names_moved_modules, parts_of, shipped_folder
-from vgen.pipelines.visual import Sampler
+from vgen.pipelines.components import (
+    HUB_OPTIONS,
+    ROLES,
+    hub_copy,
+    is_hub_name,
+    names_moved_modules,
+    parts_of,
+    shipped_folder,
+)
+from vgen.pipelines.visual import Sampler, move_encoder
 
 
 class VisualPipeline(DiffusionPipeline, Sampler):
@@ -32,8 +39,9 @@ class VisualPipeline(DiffusionPipeline, Sampler):
         Raises VgenError for a folder that is not whole or not of this version of vgen, saying which file and what is wrong.
         """
         source = Path(pretrained_model_name_or_path)
-        if not source.is_dir():
-            source = _from_hub(str(pretrained_model_name_or_path), kwargs)
+        if not source.is_dir() and is_hub_name(source):
+            hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+            source = hub_copy(str(source), **hub)
         known = inspect.signature(cls.__init__).parameters
         options = {name: value for name, value in kwargs.items() if name not in known}
         given = {name: value for name, value in kwargs.items() if name in known}
@@ -42,13 +50,13 @@ class VisualPipeline(DiffusionPipeline, Sampler):
             return cls(**{**settings, **given, **parts})
         return super().from_pretrained(source, **{**kwargs, **parts})
 
-    def register_modules(self, **modules: Any) -> None:
-        """As diffusers, which takes a class for its own where the folder of its module is called like one of its pipelines (lumina)."""
-        super().register_modules(**modules)
-        for role, module in modules.items():
-            # a compiled module is known by what it wraps
-            kind = type(getattr(module, "_orig_mod", module))
-            self.register_to_config(**{role: (kind.__module__, kind.__name__)})
+    def to(self, *args: Any, **kwargs: Any) -> VisualPipeline:
+        """As diffusers; a frozen text encoder comes along, which is no part of the generator's modules."""
+        super().to(*args, **kwargs)
+        names = ("device", "dtype")
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **{name: kwargs[name] for name in names if name in kwargs})
+        move_encoder(self.model, device, dtype)
+        return self
 
     @classmethod
     def open(cls, folder: str | Path) -> VisualPipeline:
@@ -59,20 +67,3 @@ class VisualPipeline(DiffusionPipeline, Sampler):
     def shipped(cls, name: str = "emoji", **kwargs: Any) -> VisualPipeline:
         """A pipeline whose weights come with the package; no network needed."""
         return cls.from_pretrained(shipped_folder(name), **kwargs)
-
-
-def _from_hub(name: str, kwargs: dict[str, Any]) -> Path:
-    """The local copy of a hub repository (of the cache, or downloaded). VgenError: no such folder here, and none there."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return Path(name)  # no name of the hub: a folder that is missing, which `read_index` says
-    from huggingface_hub import snapshot_download
-
-    options = {key: kwargs.pop(key) for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **options))
-    except Exception as error:  # the hub client's errors (HTTP, offline, cache, name) have no common base
-        raise VgenError(
-            f"there is no folder {name} here, and the hub gave no repository of this name ({type(error).__name__}: "
-            f"{first_line(error)}); check the path, or connect to the network"
-        ) from error

@@ -176,6 +176,16 @@ class Sampler(ConfigMixin):
         """Where the generator is."""
         return self.model.device
 
+    def move(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Puts all parts there, and gives all one precision: tokenizer, generator, and a frozen text encoder. Returns the pipeline.
+
+        dtype None: float32 (weights may be stored in half precision), but a text encoder keeps what it was trained with.
+        """
+        for part in (self.tokenizer, self.model):
+            torch.nn.Module.to(part, device, dtype or torch.float32)  # diffusers' own `to` warns about nothing here
+        move_encoder(self.model, device, dtype)
+        return self
+
     @property
     def grids(self) -> tuple[Grid, ...]:
         """The levels of a canvas, coarse first; most models have one."""
@@ -549,6 +559,19 @@ class Sampler(ConfigMixin):
             canvas.values[:, painting.stays] = painting.tokens[painting.stays].to(canvas.values.dtype)
             canvas.known[:, painting.stays] = True
         return canvas
+
+
+def move_encoder(model: ModelMixin, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    """Puts the frozen text encoder of a generator's vocabulary, which is no part of its modules, beside it; without one nothing."""
+    encoder = getattr(getattr(model, "vocabulary", None), "encoder", None)
+    if encoder is None:
+        return
+    encoder.to(device=device, dtype=dtype)
+    if dtype == torch.float16:  # as transformers' own loading: layers of T5 that half precision's range does not hold
+        wide = getattr(encoder, "_keep_in_fp32_modules", None) or ()
+        for name, module in encoder.named_modules():
+            if name.rpartition(".")[2] in wide:
+                module.float()
 
 
 def _first(value: Any, default: Any) -> Any:
