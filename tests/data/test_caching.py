@@ -96,7 +96,7 @@ def test_bad_input_is_one_sentence(tmp_path, pictures, tokenizer):
     good = tmp_path / "tokenizer"
     with pytest.raises(VgenError, match="holds no tokenizer"):
         cache_tokens(pictures, pictures, tmp_path / "out", size=32)
-    with pytest.raises(VgenError, match="give it with --size"):
+    with pytest.raises(VgenError, match="such as --size 64"):
         cache_tokens(good, pictures, tmp_path / "out")
     with pytest.raises(VgenError, match="multiple of 8"):
         cache_tokens(good, pictures, tmp_path / "out", size=30)

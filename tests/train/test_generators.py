@@ -134,6 +134,21 @@ def test_dar_embeds_by_the_tokenizers_normalised_codebook(config_of, tokenizer):
     assert not any(name == "codebook" for name, _ in model.named_parameters())
 
 
+def test_a_token_set_named_val_is_measured_and_the_same_run_continues_when_it_is_named(config_of, token_sets):
+    for suffix in ("safetensors", "json"):
+        (token_sets / f"heldout.{suffix}").rename(token_sets / f"val.{suffix}")
+    assert Trainer(config_of("llamagen")).system.held_out.path == token_sets / "val.safetensors"
+    with pytest.raises(VgenError, match=r"test\.safetensors does not exist"):
+        config_of("llamagen", "data.held_out_split=test")
+    few = ("steps=2", "evaluate_every=0", "log_every=1")
+    train(config_of("llamagen", *few))
+    named = train(config_of("llamagen", *few, "data.held_out_split=val"))
+    assert named.model.is_dir()
+    (token_sets / "val.safetensors").unlink()
+    with pytest.raises(VgenError, match=r"heldout\.safetensors does not exist"):
+        config_of("llamagen")
+
+
 def test_conditions_are_dropped_by_the_share(config_of):
     system = Trainer(config_of("llamagen", "condition.dropout=0.25")).system
     condition = system.condition(

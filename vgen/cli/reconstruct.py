@@ -177,14 +177,14 @@ def open_pictures(path: Path, split: str | None, size: int | tuple[int, int]) ->
     from vgen.data.dataset import open_images
     from vgen.data.images import read_image, view
     from vgen.data.sources import open_data
+    from vgen.data.splits import held_out_among
 
     if path.is_file() and path.suffix != ".tar":
         if split is not None:
             raise VgenError(f"{path} is one picture and has no split {split!r}; leave --split out")
         return Pictures(iter([view(read_image(path), size, None, None)]), 1, None, f"{path}: one picture")
     data = open_data(path)
-    others = [name for name in data.splits if name != "train"]
-    chosen = split or next((name for name in ("heldout", *others) if name in data.splits), "train")
+    chosen = split or held_out_among(data.splits) or "train"
     dataset = open_images(data, chosen, size)
     note = f"measured: the {len(dataset)} pictures of split {chosen}"
     if split is None and chosen != "heldout":

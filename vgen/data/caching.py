@@ -152,7 +152,9 @@ def cache_tokens(
     out = Path(out)
     size = size or manifest_size(data)
     if size is None:
-        raise VgenError(f"{data} has no manifest.json that names an image size; give it with --size")
+        raise VgenError(
+            f"{data} has no manifest.json that names an image size; give the side that the tokenizer was trained with, such as --size 64"
+        )
     check_out(out, splits_of(data, held_out))
     folder = find_tokenizer(model)
     tokenizer = open_tokenizer(folder)

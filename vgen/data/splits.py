@@ -79,6 +79,12 @@ def find_split(split: str, known: Iterable[str], path: object) -> str:
     return wanted
 
 
+def held_out_among(known: Iterable[str]) -> str | None:
+    """The split to measure on where none is named: heldout, else the first of val, valid, … test, eval; None where all is for training."""
+    known = set(known)
+    return next((name for name in SPLITS if name in known and not name.startswith("train")), None)
+
+
 def split_word(name: str, whole: bool) -> str | None:
     """The split that a name says, None for none. whole: the name must say nothing else (folders). Raises VgenError for two."""
     name = name.lower()

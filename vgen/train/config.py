@@ -110,7 +110,7 @@ class TrainConfig:
 # Changing these between two starts of a run does not change its weights; any other difference is refused on resume.
 FREE_FIELDS = frozenset(
     {"threads", "log_every", "preview_every", "evaluate_every", "checkpoint_every", "checkpoint_minutes", "keep"}
-    | {"time_limit_minutes", "tensorboard", "out"}
+    | {"time_limit_minutes", "tensorboard", "out", "data.held_out_split"}
 )
 
 
@@ -152,7 +152,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {old_flat.get(key, 'unset')} -> {new_flat.get(key, 'unset')}"
         for key in sorted(old_flat.keys() | new_flat.keys())
-        if key.split(".")[0] not in FREE_FIELDS and old_flat.get(key) != new_flat.get(key)
+        if not FREE_FIELDS & {key, key.split(".")[0]} and old_flat.get(key) != new_flat.get(key)
     ]
 
 

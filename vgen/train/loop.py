@@ -513,9 +513,10 @@ def _opening(trainer: Trainer, first: int, asked: str) -> str:
     start = f"continues after step {first}" if first else "starts"
     device = trainer.accelerator.device
     why = f" (auto: {bf16_reason(device)})" if asked == "auto" else ""
+    threads = torch.get_num_threads()
     return (
         f"{config.system} {start} in {trainer.folder}: {sizes} parameters, {rows} {trainer.system.items} a step, "
-        f"{device.type} x {trainer.world}, precision {config.precision}{why}, {torch.get_num_threads()} threads"
+        f"{device.type} x {trainer.world}, precision {config.precision}{why}, {threads} thread{'s' * (threads != 1)}"
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from vgen.errors import VgenError
-from vgen.train.systems.pictures import DataConfig, check_data, open_pictures
+from vgen.train.systems.pictures import DataConfig, check_data, open_pictures, picture_digests
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_splits_that_do_not_exist_are_refused_before_anything_is_read(undivided,
         (undivided / {"train": "cat", "val": "dog"}[name]).rename(tmp_path / "divided" / name)
     path = str(tmp_path / "divided")
     with pytest.raises(VgenError, match=r"config: data\.held_out_split: .* has no split 'heldout': found train, val"):
-        check_data(DataConfig(path=path))
+        check_data(DataConfig(path=path, held_out_split="heldout"))
     with pytest.raises(
         VgenError, match=r"config: data\.train_split: .* has no split 'trian': found train, val \(did you"
     ):
@@ -58,6 +58,32 @@ def test_patterns_and_ranges_of_shards_train(tmp_path):
         image = tmp_path / "x.png"
         Image.new("RGB", (8, 8)).save(image)
         write_shard(tmp_path / f"set-{split}-0.tar", [(f"{n}", {"png": image.read_bytes()}) for n in range(4)])
-    data = DataConfig(path=f"{tmp_path}/set-{{train,val}}-0.tar", size=8, held_out_split="val")
+    data = DataConfig(path=f"{tmp_path}/set-{{train,val}}-0.tar", size=8)
     check_data(data)
     assert [len(part) for part in open_pictures(data, seed=0)] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "splits, asked, measured",
+    [
+        (["train", "val"], {}, "val"),
+        (["test", "train", "validation"], {}, "validation"),
+        (["heldout", "train", "val"], {}, "heldout"),
+        (["train", "val"], {"held_out": "1"}, "heldout"),
+        (["train"], {}, "heldout"),
+        (["train", "val", "test"], {"held_out_split": "test"}, "test"),
+    ],
+)
+def test_what_is_measured_where_nobody_says_it(tmp_path, capsys, splits, asked, measured):
+    for number, split in enumerate(splits):
+        for index in range(20 if split == "train" else 2 + number):
+            (tmp_path / split).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / f"{split}{index}.png")
+    data = DataConfig(path=str(tmp_path), size=8, **asked)
+    check_data(data)
+    train, held_out = open_pictures(data, seed=0)
+    made = measured not in splits
+    assert all(key.startswith("train" if made else measured) for key in held_out.keys), held_out.keys
+    assert not set(train.keys) & set(held_out.keys)
+    assert f"measured: {measured}" in capsys.readouterr().err
+    assert set(picture_digests(data, train, held_out)) == {f"{tmp_path} (train)", f"{tmp_path} ({measured})"}

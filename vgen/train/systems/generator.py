@@ -21,6 +21,8 @@ from torch import Generator, Tensor, nn
 
 from vgen.data.batches import batches, collate
 from vgen.data.identity import weights_digest
+from vgen.data.sources import HELD_OUT_SPLIT
+from vgen.data.splits import held_out_among
 from vgen.data.token_splits import check_together
 from vgen.data.tokens import TokenDataset, TokenSetSpec
 from vgen.errors import VgenError
@@ -42,12 +44,20 @@ CONDITIONS = ("words", "class", "text")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """tokens: folder written by `vgen tokenize`; tokenizer: the model it was made with, for previews and the exported pipeline."""
+    """tokens: folder written by `vgen tokenize`; tokenizer: the model it was made with, for previews and the exported pipeline;
+    held_out_split: what is measured (None: heldout, else val, … test)."""
 
     tokens: str
     tokenizer: str | None = None
     train_split: str = "train"
-    held_out_split: str = "heldout"
+    held_out_split: str | None = None
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The token sets that train and that are measured; the second one may lack, as `check_generator` says."""
+        folder = Path(self.tokens)
+        held_out = self.held_out_split or held_out_among(file.stem for file in folder.glob("*.safetensors"))
+        return folder / f"{self.train_split}.safetensors", folder / f"{held_out or HELD_OUT_SPLIT}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -135,9 +145,7 @@ class GeneratorSystem:
 
     def __init__(self, config: Any, device: torch.device):
         self.config, self.device = config, device
-        folder = Path(config.data.tokens)
-        self.train_tokens = TokenDataset(folder / f"{config.data.train_split}.safetensors", config.seed)
-        self.held_out = TokenDataset(folder / f"{config.data.held_out_split}.safetensors", config.seed)
+        self.train_tokens, self.held_out = (TokenDataset(file, config.seed) for file in config.data.files)
         check_together(self.train_tokens, self.held_out)
         self._check_labels()
         self.tokenizer = self._tokenizer()
@@ -220,11 +228,7 @@ class GeneratorSystem:
 
     def data_digests(self) -> dict[str, str]:
         """Of both token sets."""
-        data = self.config.data
-        return {
-            f"{data.tokens}/{name}.safetensors": tokens.digest
-            for name, tokens in ((data.train_split, self.train_tokens), (data.held_out_split, self.held_out))
-        }
+        return {str(tokens.path): tokens.digest for tokens in (self.train_tokens, self.held_out)}
 
     def batches(self, start: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
         """Endless training tokens with captions and labels."""
@@ -346,8 +350,7 @@ def check_generator(config: Any, system: type[GeneratorSystem]) -> TokenSetSpec:
     """Raises VgenError for settings that cannot work; of the data only the small description is read. Returns its shape."""
     data = config.data
     require(bool(data.tokens), "data.tokens must name a folder written by `vgen tokenize`")
-    for split in (data.train_split, data.held_out_split):
-        path = Path(data.tokens) / f"{split}.safetensors"
+    for path in data.files:
         require(
             path.is_file(),
             f"data.tokens: {path} does not exist; make it with `vgen tokenize --model … --data … --out {data.tokens}`",

@@ -19,8 +19,8 @@ from vgen.data.batches import batches
 from vgen.data.dataset import ImageDataset, open_images
 from vgen.data.heldout import AUTO
 from vgen.data.images import Augment
-from vgen.data.sources import open_data, splits_of
-from vgen.data.splits import find_split
+from vgen.data.sources import HELD_OUT_SPLIT, open_data, splits_of
+from vgen.data.splits import find_split, held_out_among
 from vgen.errors import VgenError
 from vgen.layers.pixels import to_images
 from vgen.metrics import psnr, ssim
@@ -36,13 +36,13 @@ from vgen.viz.sheets import sheet
 @dataclass(frozen=True)
 class DataConfig:
     """path: whatever `open_images` reads; size: side in pixels; min_scale: smallest random crop (share of a side, 1: none);
-    flip: share of training pictures that are mirrored; held_out: where the data has no split `heldout`, hold out this share ("5%") or
+    flip: share of training pictures that are mirrored; held_out_split: what is measured (None: heldout, else val, … test); held_out: where the data has no split `heldout`, hold out this share ("5%") or
     number ("200") of the training pictures (None: 5% where the data has no other split at all)."""
 
     path: str
     size: int = 64
     train_split: str = "train"
-    held_out_split: str = "heldout"
+    held_out_split: str | None = None
     held_out: str | None = None
     min_scale: float = 1.0
     flip: float = 0.5
@@ -74,27 +74,34 @@ def check_data(data: DataConfig) -> None:
         splits = splits_of(data.path, _held_out(data))
     except VgenError as error:
         raise VgenError(f"config: data.path: {error}") from error
-    for name in ("train_split", "held_out_split"):
-        find_split(getattr(data, name), splits, f"config: data.{name}: {data.path}")
+    find_split(data.train_split, splits, f"config: data.train_split: {data.path}")
+    _held_out_split(data, splits)
 
 
 def _held_out(data: DataConfig) -> str:
     return AUTO if data.held_out is None else data.held_out
 
 
+def _held_out_split(data: DataConfig, splits: Sequence[str]) -> str:
+    """The split that is measured. Raises VgenError where there is none, or not the one that is named."""
+    named = data.held_out_split or held_out_among(splits) or HELD_OUT_SPLIT
+    return find_split(named, splits, f"config: data.held_out_split: {data.path}")
+
+
 def open_pictures(data: DataConfig, seed: int) -> tuple[ImageDataset, ImageDataset]:
     """The training pictures, augmented, and the held-out ones, plain; the main process says what was found."""
     found = open_data(data.path, _held_out(data))
+    held_out = _held_out_split(data, found.splits)
     if PartialState().is_main_process:
-        print(found.report, file=sys.stderr)
+        print(f"{found.report}\n  measured: {held_out}", file=sys.stderr)
     augment = Augment(min_scale=data.min_scale, flip=data.flip)
     train = open_images(found, data.train_split, data.size, augment, seed=seed, cache=data.cache)
-    return train, open_images(found, data.held_out_split, data.size, cache=data.cache)
+    return train, open_images(found, held_out, data.size, cache=data.cache)
 
 
 def picture_digests(data: DataConfig, train: ImageDataset, held_out: ImageDataset) -> dict[str, str]:
     """What a run learns from and is measured on -> its digest (`System.data_digests`)."""
-    names = (data.train_split, data.held_out_split)
+    names = (data.train_split, _held_out_split(data, splits_of(data.path, _held_out(data))))
     return {f"{data.path} ({name})": pictures.digest for name, pictures in zip(names, (train, held_out))}
 
 
