@@ -250,9 +250,6 @@ class State(Protocol):
 
     counters: Counters
 
-    def take_rows(self, index: Tensor) -> State:
-        """A state with the given batch rows: tiling to guidance rows, dropping finished samples, reordering."""
-
 
 @dataclass(frozen=True)
 class Condition:

@@ -1,8 +1,8 @@
-"""The cache: slots by slice, by list, by row; truncation; rows."""
+"""The cache: slots by slice, by list, by row; extending."""
 
 import torch
 
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import KVCache, Memory, remember
 
 
 def test_slots_may_be_a_slice_a_list_or_one_list_a_row():
@@ -18,25 +18,11 @@ def test_slots_may_be_a_slice_a_list_or_one_list_a_row():
     assert cache.read(0, 6)[0].abs().sum() == 0
 
 
-def test_truncate_and_take_rows():
-    cache = KVCache(1, 2, 1, 4, 2)
-    cache.write(
-        0, slice(0, 4), torch.ones(2, 1, 4, 2), torch.ones(2, 1, 4, 2) * torch.tensor([1.0, 2.0])[:, None, None, None]
-    )
-    cache.truncate(1)
-    keys, values = cache.read(0, 4)
-    assert keys[:, :, 1:].abs().sum() == 0 and values[1, 0, 0, 0] == 2
-    taken = cache.take_rows(torch.tensor([1, 1, 0]))
-    assert taken.values[0, :, 0, 0, 0].tolist() == [2, 2, 1]
-    taken.write(0, slice(0, 1), torch.zeros(3, 1, 1, 2), torch.zeros(3, 1, 1, 2))
-    assert cache.values[0, 1, 0, 0, 0] == 2  # a copy
-
-
-def test_truncation_forgets_keys_and_values_behind_the_length():
-    cache = KVCache(2, 1, 1, 5, 3)
-    for layer in range(2):
-        cache.write(layer, slice(0, 5), torch.ones(1, 1, 5, 3), torch.full((1, 1, 5, 3), 2.0))
-    cache.truncate(2)
-    for layer in range(2):
-        keys, values = cache.read(layer, 5)
-        assert keys[0, 0, :, 0].tolist() == [1, 1, 0, 0, 0] and values[0, 0, :, 0].tolist() == [2, 2, 0, 0, 0]
+def test_extending_is_writing_and_then_reading_what_is_there():
+    cache, (keys, values) = KVCache(layers=2, rows=1, heads=1, slots=5, head_dim=2), torch.randn(2, 1, 1, 2, 2)
+    first, _ = cache.extend(1, slice(0, 2), keys, values)  # up to the end of the slice
+    assert torch.equal(first, keys)
+    k, v = Memory(cache, 1, torch.tensor([4, 3]), length=5).extend(keys, values)
+    assert torch.equal(k[:, :, [0, 1, 4, 3]], torch.cat((keys, keys), dim=2)) and v[:, :, 2].abs().sum() == 0
+    assert cache.read(0, 5)[0].abs().sum() == 0
+    assert remember(None, 0, slice(0, 1)) is None and remember(cache, 1, slice(2, 3)) == Memory(cache, 1, slice(2, 3))

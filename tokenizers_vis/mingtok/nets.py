@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vgen.errors import VgenError
 from vgen.layers.attention import Mask
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import KVCache, remember
 from vgen.layers.transformer import Checkpointed, FusedSwiGLU, GeluMLP
 from vgen.layers.vit import ViTBlock
 
@@ -37,10 +37,6 @@ class SemanticMemory:
     def slots(self) -> int:
         """Tokens that fit."""
         return self.cache.keys.shape[3]
-
-    def take_rows(self, index: Tensor) -> SemanticMemory:
-        """A memory with the given rows of the batch."""
-        return SemanticMemory(self.cache.take_rows(index), self.length)
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,7 @@ class Trunk(Checkpointed, nn.Module):
     def run(self, x: Tensor, mask: Mask = None, cache: KVCache | None = None, slots: slice | None = None) -> Tensor:
         """[B, n, W] -> [B, n, W] without a final norm; with a cache the tokens enter it at `slots`."""
         for layer, block in enumerate(self.blocks[0]):
-            memory = None if cache is None else (cache, layer, slots)
-            x = self._checkpointed(block, x, mask, memory)
+            x = self._checkpointed(block, x, mask, remember(cache, layer, slots))
         return x
 
 

@@ -1,9 +1,11 @@
-"""The key/value cache: preallocated, addressed by slot, overwritable, truncatable. Keys are stored after RoPE.
+"""The key/value cache: preallocated, addressed by slot, overwritable. Keys are stored after RoPE.
 
 Masks do not live here: which slots a query may see belongs to the model's plan.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,14 +46,31 @@ class KVCache:
         """Keys and values of slots 0..length-1: views [rows, heads, length, head_dim]."""
         return self.keys[layer, :, :, :length], self.values[layer, :, :, :length]
 
-    def truncate(self, length: int) -> None:
-        """Forgets every slot from `length` on (their contents become zero again)."""
-        self.keys[:, :, :, length:] = 0
-        self.values[:, :, :, length:] = 0
+    def extend(
+        self, layer: int, slots: slice | Tensor, keys: Tensor, values: Tensor, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`write`, then `read` of what is there now: before attending, since the tokens of one call may see each other.
 
-    def take_rows(self, index: Tensor) -> KVCache:
-        """A cache with the given rows: tiling to guidance rows, dropping finished samples, reordering."""
-        taken = object.__new__(KVCache)
-        taken.keys = self.keys.index_select(1, index)
-        taken.values = self.values.index_select(1, index)
-        return taken
+        length: slots that are read; None: up to the end of a slice.
+        """
+        self.write(layer, slots, keys, values)
+        return self.read(layer, slots.stop if length is None else length)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where one layer keeps the tokens at hand, and how many slots it then reads (None: up to the end of a slice)."""
+
+    cache: KVCache
+    layer: int
+    slots: slice | Tensor
+    length: int | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, heads, n, head_dim] of the tokens at hand -> those of all tokens that are read."""
+        return self.cache.extend(self.layer, self.slots, keys, values, self.length)
+
+
+def remember(cache: KVCache | None, layer: int, slots: slice | Tensor) -> Memory | None:
+    """The memory of a layer; None without a cache, as in training."""
+    return None if cache is None else Memory(cache, layer, slots)

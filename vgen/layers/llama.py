@@ -8,12 +8,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vgen.layers.attention import Mask, attend
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import Memory
 from vgen.layers.norm import RMSNorm
 from vgen.layers.rope2d import rotate_pairs
 from vgen.layers.transformer import SwiGLU, merge_heads, split_heads
-
-Memory = tuple[KVCache, int, slice | Tensor, int]  # cache, layer, slots of the tokens at hand, how many slots are read
 
 
 class LlamaAttention(nn.Module):
@@ -32,9 +30,7 @@ class LlamaAttention(nn.Module):
         query, key, value = (split_heads(part, self.heads) for part in self.wqkv(x).chunk(3, dim=-1))
         query, key = rotate_pairs(query, rope), rotate_pairs(key, rope)
         if memory is not None:
-            cache, layer, slots, length = memory
-            cache.write(layer, slots, key, value)  # before attending: the tokens of one call may see each other
-            key, value = cache.read(layer, length)
+            key, value = memory.extend(key, value)
         attended = attend(query, key, value, mask, self.attention_dropout if self.training else 0.0)
         return self.dropout(self.wo(merge_heads(attended)))
 

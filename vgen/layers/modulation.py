@@ -10,11 +10,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vgen.layers.attention import Mask, attend
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import Memory
 from vgen.layers.rope2d import rotate_pairs
 from vgen.layers.transformer import merge_heads, split_heads
-
-Memory = tuple[KVCache, int, slice]  # cache, layer, and the slots of the tokens at hand
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -86,9 +84,7 @@ class SelfAttention(nn.Module):
         """
         query, key, value = self.project(x, rope)
         if memory is not None:
-            cache, layer, slots = memory
-            cache.write(layer, slots, key, value)
-            key, value = cache.read(layer, slots.stop)
+            key, value = memory.extend(key, value)
         return self.proj(merge_heads(attend(query, key, value, mask, dropout)))
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vgen.layers.attention import Mask
-from vgen.layers.modulation import Memory, SelfAttention
+from vgen.layers.cache import Memory
+from vgen.layers.modulation import SelfAttention
 from vgen.layers.transformer import GeluMLP
 
 

@@ -121,18 +121,6 @@ class AnyOrderState:
     rows: int  # R
     counters: Counters
 
-    def take_rows(self, index: Tensor) -> AnyOrderState:
-        """A state with the given rows of [R * B]."""
-        return AnyOrderState(
-            self.cache.take_rows(index),
-            self.prefix_mask[index],
-            self.offset[index],
-            self.coordinates,
-            self.length,
-            self.rows,
-            self.counters,
-        )
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -141,11 +129,6 @@ class Plan:
     fed: Tensor | None  # [R * B, f, 3]
     targets: Tensor  # [R * B, m, 3]
     slots: slice
-
-    @property
-    def shape_key(self) -> tuple[int, int, int]:
-        """(fed tokens, targets, filled slots): calls with equal keys can share one captured graph."""
-        return (0 if self.fed is None else self.fed.shape[1], self.targets.shape[1], self.slots.stop)
 
 
 class AnyOrderModel(SavesVocabulary, Checkpointed, Generator, ModelMixin, ConfigMixin):
@@ -334,8 +317,7 @@ class AnyOrderModel(SavesVocabulary, Checkpointed, Generator, ModelMixin, Config
         """Runs the content stack over new tokens [R * B, f, width] and stores their keys and values at `slots`."""
         for layer, block in enumerate(self.content):
             query, key, value = block.project(x, rope)
-            state.cache.write(layer, slots, key, value)
-            x = block.finish(x, attend(query, *state.cache.read(layer, slots.stop), mask))
+            x = block.finish(x, attend(query, *state.cache.extend(layer, slots, key, value), mask))
         state.cache.write(len(self.content), slots, *self._share(x, rope))
 
     @torch.no_grad()
@@ -345,7 +327,8 @@ class AnyOrderModel(SavesVocabulary, Checkpointed, Generator, ModelMixin, Config
         values = None if canvas.fresh is None else canvas.values.gather(1, canvas.fresh).repeat(state.rows, 1)
         logits = self.run(state, plan, values)
         state.length = plan.slots.stop
-        state.counters.add(logits.shape[0], plan.shape_key[0] + plan.shape_key[1])
+        fed = 0 if values is None else values.shape[1]
+        state.counters.add(logits.shape[0], fed + step.size)
         return Logits(rearrange(logits, "(r b) m v -> r b m v", r=state.rows))
 
 

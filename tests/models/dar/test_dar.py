@@ -100,16 +100,6 @@ def test_other_orders_are_refused():
             run(model, [0], order)
 
 
-@torch.no_grad()
-def test_state_rows_can_be_reordered():
-    model = tiny()
-    canvas = Canvas.blank(model.grid, 2)
-    step = next(iter(model.default_order().steps(canvas)))
-    logits = model.predict(model.start([model.vocabulary.labels([0, 4])], canvas), step, canvas).logits
-    swapped = model.start([model.vocabulary.labels([4, 0])], canvas).take_rows(torch.tensor([1, 0]))
-    torch.testing.assert_close(model.predict(swapped, step, canvas).logits, logits)
-
-
 def test_loss_starts_at_the_entropy_of_the_codes_and_trains_all_but_the_codebook():
     torch.manual_seed(0)
     model = DARModel(**TINY)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from vgen.errors import VgenError
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import KVCache, Memory
 from vgen.models.lumina.lumina import END_OF_LINE, LuminaModel
 from vgen.models.lumina.prompts import LuminaPrompts
 from vgen.pipelines.visual import VisualPipeline
@@ -94,7 +94,7 @@ def uncached(model, words, positions, visible):
     cache = KVCache(config.layers, 1, config.key_heads or config.heads, count, config.width // config.heads)
     x, rope = model.model["embed_tokens"](words[None]), model._rope(positions[None])
     for layer, block in enumerate(model.model["layers"]):
-        x = block(x, rope, visible[None, None], (cache, layer, torch.arange(count)))
+        x = block(x, rope, visible[None, None], Memory(cache, layer, torch.arange(count), count))
     return model.lm_head(model.model["norm"](x[0]))[:, model.image_ids]
 
 

@@ -275,18 +275,6 @@ def test_the_grid_head_keeps_known_tokens_and_reads_them():
         model.start([model.vocabulary.labels(LABELS)], blank(model, 3, (values, known)))
 
 
-@torch.no_grad()
-def test_rows_of_a_state_can_be_taken():
-    model = build(0.3)
-    condition = model.vocabulary.labels([0, 2])
-    canvas = blank(model, 2)
-    state = model.start([condition, model.null(condition)], canvas)
-    step = next(iter(model.over_levels(make_order("raster", model.grid), low_steps=1).steps(canvas)))
-    features = model.predict(state, step, canvas).features
-    swapped = state.take_rows(torch.tensor([2, 3, 0, 1]))
-    torch.testing.assert_close(model.predict(swapped, step, canvas).features, features.flip(0))
-
-
 # ---------------------------------------------------------------- files and bad input
 
 

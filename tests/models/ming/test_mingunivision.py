@@ -67,23 +67,6 @@ def test_padding_and_neighbours_change_nothing(model):
         torch.testing.assert_close(alone.values[0], both.values[row], atol=1e-4, rtol=1e-4)
 
 
-def test_a_state_can_lose_samples(model):
-    condition = model.vocabulary.captions(["a cat", "red dog"])
-    canvas = Canvas.blank(model.grid, 2, channels=8)
-    state = model.start([condition, model.null(condition)], canvas)
-    second = state.take_rows(torch.tensor([1, 3]))
-    steps = make_order("raster", model.grid).steps(canvas)
-    step = next(iter(steps))
-    values = torch.randn(2, 1, 8)
-    canvas.write(step.targets, values, None, 1)
-    model.commit(state, step, canvas)
-    smaller = Canvas.blank(model.grid, 1, channels=8)
-    smaller.write(step.targets, values[1:], None, 1)
-    model.commit(second, step, smaller)
-    torch.testing.assert_close(second.hidden, state.hidden[[1, 3]])
-    torch.testing.assert_close(second.features, state.features[1:])
-
-
 def test_pictures_of_a_dialogue_depend_on_their_sample_only(model):
     context = Context(model)
     context.read(model.vocabulary.prompt("a red cat"))

@@ -86,19 +86,6 @@ def test_a_picture_depends_on_its_sample_only():
 
 
 @torch.no_grad()
-def test_state_rows_can_be_reordered():
-    model, order = tiny(), make_order("raster", (3, 4))
-    canvas = Canvas.blank(model.grid, 2)
-    state = model.start([model.vocabulary.labels([0, 4])], canvas)
-    step = next(iter(order.steps(canvas)))
-    logits = model.predict(state, step, canvas).logits
-    swapped = model.start([model.vocabulary.labels([4, 0])], Canvas.blank(model.grid, 2)).take_rows(
-        torch.tensor([1, 0])
-    )
-    torch.testing.assert_close(model.predict(swapped, step, canvas).logits, logits)
-
-
-@torch.no_grad()
 def test_the_target_position_matters():
     model = tiny()
     tokens = torch.randint(TINY["codes"], (1, 12))

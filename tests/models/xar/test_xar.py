@@ -243,18 +243,6 @@ def test_pictures_are_continued():
             run(model, known=(whole.values, known))
 
 
-def test_rows_of_a_state_can_be_taken():
-    model = build()
-    canvas = Canvas.blank(model.grid, 3, channels=3)
-    condition = model.vocabulary.labels([0, 1, 2])
-    state = model.start([condition], canvas)
-    x = torch.randn(3, 4, 3)
-    expected = model.velocity(state, canvas, 0, x, 0.5)[:, 1:2]
-    part = state.take_rows(torch.tensor([1]))
-    single = Canvas.blank(model.grid, 1, channels=3)
-    torch.testing.assert_close(model.velocity(part, single, 0, x[1:2], 0.5), expected)
-
-
 def test_captions_may_condition_it():
     model = build(conditioning="words", classes=9)
     model.vocabulary = Vocabulary.build(["red cat", "blue cat", "red dog"])

@@ -86,17 +86,6 @@ def test_later_latents_do_not_change_earlier_features(model, pixels):
 
 
 @torch.no_grad()
-def test_a_memory_can_be_tiled(model, pixels):
-    tokens = model.encode(pixels[:1])
-    memory = model.start(1, 2)
-    model.expand(tokens[:, :1], memory)
-    tiled = memory.take_rows(torch.tensor([0, 0]))
-    both = model.expand(tokens[:, 1:2].expand(2, -1, -1), tiled)
-    torch.testing.assert_close(both[1:], model.expand(tokens[:, 1:2], memory))
-    assert tiled.length == memory.length == 2
-
-
-@torch.no_grad()
 def test_positions(model):
     encoder = model.low_level_encoder
     assert encoder.positions(4, 4) is encoder.pos_embed

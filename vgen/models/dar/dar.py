@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import KVCache, Memory
 from vgen.layers.modulation import ModulatedBlock, Modulation, SelfAttention, modulate
 from vgen.layers.rope2d import rope4d_table
 from vgen.layers.transformer import Checkpointed, SwiGLU, llama_hidden
@@ -95,32 +95,12 @@ class DARState:
     rows: int  # R
     counters: Counters
 
-    def take_rows(self, index: Tensor) -> DARState:
-        """A state with the given rows of [R * B]."""
-        return DARState(
-            self.cache.take_rows(index),
-            self.classes[index],
-            [part[index] for part in self.modulations],
-            self.final[index],
-            self.scan,
-            self.rope,
-            self.strayed,
-            self.length,
-            self.rows,
-            self.counters,
-        )
-
 
 @dataclass(frozen=True)
 class Plan:
     """One call: the slot that is filled, equal to the number of calls before it."""
 
     slot: int
-
-    @property
-    def shape_key(self) -> tuple[int, int]:
-        """(fed slots, filled slots)."""
-        return 1, self.slot + 1
 
 
 class DARModel(ClassConditional, Checkpointed, Generator, ModelMixin, ConfigMixin):
@@ -339,7 +319,7 @@ class DARModel(ClassConditional, Checkpointed, Generator, ModelMixin, ConfigMixi
         direction = state.scan.directions[slots]
         for layer, (block, modulation) in enumerate(zip(self.blocks, state.modulations)):
             chosen = modulation.index_select(1, direction)
-            x = block(x, chosen, None, state.rope[slots], (state.cache, layer, slots))
+            x = block(x, chosen, None, state.rope[slots], Memory(state.cache, layer, slots))
         return self._predict_head(x, state.final.index_select(1, direction))
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.layers.attention import attend
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import Memory
 from vgen.layers.norm import RMSNorm
 from vgen.layers.transformer import GatedMLP, merge_heads, split_heads
 
@@ -30,13 +30,12 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (_head_norm(width // heads, qk_norm, norm) for _ in range(2))
         self.proj = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor, slots: slice, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, slots: slice, kept: Memory | None) -> Tensor:
         """x [B, n, D] at the given slots sees those of the cache up to its own."""
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         query, key = self.q_norm(query), self.k_norm(key)
-        if cache is not None:
-            cache.write(layer, slots, key, value)
-            key, value = cache.read(layer, slots.stop)
+        if kept is not None:
+            key, value = kept.extend(key, value)
         visible = None  # a single new slot sees everything
         if x.shape[1] > 1:
             visible = torch.ones(x.shape[1], slots.stop, dtype=torch.bool, device=x.device).tril(slots.start)
@@ -71,9 +70,9 @@ class ClassBlock(nn.Module):
         self.attn = SelfAttention(width, heads, bias, qk_norm, norm)
         self.mlp = GatedMLP(width, hidden)
 
-    def forward(self, x: Tensor, slots: slice, cache: KVCache | None, layer: int, memory: None, mask: None) -> Tensor:
+    def forward(self, x: Tensor, slots: slice, kept: Memory | None, memory: None, mask: None) -> Tensor:
         """[B, n, D] -> [B, n, D]; it has no prompt."""
-        x = x + self.attn(self.norm_1(x), slots, cache, layer)
+        x = x + self.attn(self.norm_1(x), slots, kept)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -88,10 +87,10 @@ class TextBlock(nn.Module):
         self.mlp = GatedMLP(width, hidden)
 
     def forward(
-        self, x: Tensor, slots: slice, cache: KVCache | None, layer: int, memory: tuple[Tensor, Tensor], mask: Tensor
+        self, x: Tensor, slots: slice, kept: Memory | None, memory: tuple[Tensor, Tensor], mask: Tensor
     ) -> Tensor:
         """[B, n, D] -> [B, n, D]; memory: `CrossAttention.memory`, mask [B, P]."""
-        x = x + self.self_attn(self.norm_1(x), slots, cache, layer)
+        x = x + self.self_attn(self.norm_1(x), slots, kept)
         x = x + self.cross_attn(self.norm_2(x), memory, mask)
         return x + self.mlp(self.norm_3(x))
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import KVCache, remember
 from vgen.layers.transformer import Checkpointed, llama_hidden
 from vgen.models.base import Generator
 from vgen.models.conditions.classes import ClassVocabulary, mean_vector, token_loss
@@ -104,12 +104,6 @@ class FlexARState:
     mask: Tensor | None  # [R * B, P] of the prompt
     rows: int  # R
     counters: Counters
-
-    def take_rows(self, index: Tensor) -> FlexARState:
-        """A state with the given rows of [R * B]."""
-        memory = [(key[index], value[index]) for key, value in self.memory]
-        mask = None if self.mask is None else self.mask[index]
-        return FlexARState(self.cache.take_rows(index), self.start[index], memory, mask, self.rows, self.counters)
 
 
 class FlexARModel(SavesVocabulary, Checkpointed, Generator, ModelMixin, ConfigMixin):
@@ -259,7 +253,7 @@ class FlexARModel(SavesVocabulary, Checkpointed, Generator, ModelMixin, ConfigMi
     ) -> Tensor:
         """Blocks and head over the given slots: [B, n, D] -> [B, n, codes]."""
         for layer, block in enumerate(self.trunk["blocks"]):
-            x = self._checkpointed(block, x, slots, cache, layer, memory[layer], mask)
+            x = self._checkpointed(block, x, slots, remember(cache, layer, slots), memory[layer], mask)
         return self.head["linear"](self.trunk["post_trunk_norm"](x) if self.config.post_norm else x)
 
     def forward(self, condition: Condition, tokens: Tensor) -> Tensor:

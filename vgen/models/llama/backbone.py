@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
 from vgen.layers.attention import Mask
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import KVCache, Memory
 from vgen.layers.llama import LlamaBlock
 from vgen.layers.norm import RMSNorm
 from vgen.layers.rope2d import rope2d_table, take_rows
@@ -70,19 +70,6 @@ class LlamaState:
     rows: int  # R
     counters: Counters
 
-    def take_rows(self, index: Tensor) -> LlamaState:
-        """A state with the given rows of [R * B]."""
-        return LlamaState(
-            self.cache.take_rows(index),
-            self.prefix[index],
-            self.prefix_mask[index],
-            self.rope,
-            self.filled.clone(),
-            self.length,
-            self.rows,
-            self.counters,
-        )
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -93,11 +80,6 @@ class Plan:
     length: int  # slots that are read
     mask: Mask  # over them
     reads: Tensor | None = None  # [m] rows of the fed tokens; None: all
-
-    @property
-    def shape_key(self) -> tuple[int, int]:
-        """(fed tokens, slots read): calls with equal keys can share one captured graph."""
-        return self.rope.shape[-3], self.length
 
 
 class LlamaBackbone(ClassConditional, Checkpointed, Generator, nn.Module):
@@ -293,5 +275,5 @@ class LlamaBackbone(ClassConditional, Checkpointed, Generator, nn.Module):
     def extend(self, state: LlamaState, plan: Plan, x: Tensor, layers: slice = slice(None)) -> Tensor:
         """Runs blocks over new tokens [R * B, f, width] and stores their keys and values. Device only."""
         for layer in range(len(self.layers))[layers]:
-            x = self.layers[layer](x, plan.rope, plan.mask, (state.cache, layer, plan.slots, plan.length))
+            x = self.layers[layer](x, plan.rope, plan.mask, Memory(state.cache, layer, plan.slots, plan.length))
         return x

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
 from vgen.layers.attention import attend
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import KVCache, Memory
 from vgen.layers.mmrope import rotate
 from vgen.layers.norm import RMSNorm
 from vgen.layers.transformer import merge_heads, split_heads
@@ -47,7 +47,6 @@ START_OF_IMAGE, END_OF_LINE, SIZE_ZERO, FIRST_CODE = 8197, 8803, 8804, 4
 HEADER = 3  # start of image, height, width
 UNUSED = "model.vqmodel."  # the VQ encoder inside the files: pictures are coded by `ChameleonVQGAN`
 Tables = tuple[Tensor, Tensor]
-Memory = tuple[KVCache, int, Tensor]  # cache, layer, slots
 
 
 def size_config(size: str) -> dict[str, int]:
@@ -89,11 +88,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tables, mask: Tensor, memory: Memory) -> Tensor:
         """[B, f, width] -> the same; keys and values enter the cache at the given slots first."""
-        cache, layer, slots = memory
         query = rotate(self.q_norm(split_heads(self.q_proj(x), self.heads)), rope)
         key = rotate(self.k_norm(split_heads(self.k_proj(x), self.key_heads)), rope)
-        cache.write(layer, slots, key, split_heads(self.v_proj(x), self.key_heads))
-        key, value = cache.read(layer, mask.shape[-1])
+        key, value = memory.extend(key, split_heads(self.v_proj(x), self.key_heads))
         if self.key_heads < self.heads:
             key, value = (part.repeat_interleave(self.heads // self.key_heads, dim=1) for part in (key, value))
         return self.o_proj(merge_heads(attend(query, key, value, mask)))
@@ -141,18 +138,6 @@ class LuminaState:
     rows: int  # R
     counters: Counters
 
-    def take_rows(self, index: Tensor) -> LuminaState:
-        """A state with the given rows of [R * B]."""
-        return LuminaState(
-            self.cache.take_rows(index),
-            self.image_ids,
-            self.prefix[index],
-            self.filled[index],
-            self.lengths[index],
-            self.rows,
-            self.counters,
-        )
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -163,11 +148,6 @@ class Plan:
     places: Tensor  # [f]
     reads: Tensor  # [m] which of the fed tokens (behind the prefix of the first call) answer
     first: bool
-
-    @property
-    def shape_key(self) -> tuple[int, bool]:
-        """(fed tokens, whether the prefix enters, too)."""
-        return len(self.places), self.first
 
 
 class LuminaModel(Generator, ModelMixin, ConfigMixin):
@@ -345,7 +325,7 @@ class LuminaModel(Generator, ModelMixin, ConfigMixin):
         own = torch.where(slots < prefix - HEADER, slots, state.lengths[:, None] - 1 + distance)
         x, rope = self.model["embed_tokens"](words), self._rope(own)
         for layer, block in enumerate(self.model["layers"]):
-            x = block(x, rope, mask[:, None], (state.cache, layer, slots))
+            x = block(x, rope, mask[:, None], Memory(state.cache, layer, slots, mask.shape[-1]))
         return self.lm_head(self.model["norm"](x[:, plan.reads]))[..., state.image_ids].float()
 
     def _rope(self, positions: Tensor) -> Tables:

@@ -118,10 +118,6 @@ class HiMARState(AutoencoderState):
     given: Tensor = field(kw_only=True)
     visible_low: int = field(kw_only=True)
 
-    def take_rows(self, index: Tensor) -> HiMARState:
-        """A state with the given rows of [R * B]."""
-        return replace(super().take_rows(index), pivots=self.pivots[index], given=self.given[index])
-
 
 class HiMARChoice(PhaseChoice):
     """100 substeps in the first phase and 250 in the second, unless asked for others."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vgen.errors import VgenError
 from vgen.layers.attention import Mask
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import KVCache, Memory, remember
 from vgen.layers.modulation import FinalNorm, ModulatedBlock, Modulation, SelfAttention
 from vgen.layers.transformer import Checkpointed, GeluMLP
 
@@ -129,10 +129,10 @@ class ChannelHead(Checkpointed, nn.Module):
     ) -> Tensor:
         """Blocks and norms: [n, f, W] -> [n, f, W] for the f slots at hand."""
         for layer, block in enumerate(self.channel_blocks):
-            memory = None if cache is None else (cache, layer, slots)
+            memory = remember(cache, layer, slots)
             x = self._checkpointed(self._layer, block, x, modulating, mask, memory)
         return self.channel_final(self.channel_norm(x), modulating)
 
     @staticmethod
-    def _layer(block: ModulatedBlock, x: Tensor, modulating: Tensor, mask: Mask, memory: object) -> Tensor:
+    def _layer(block: ModulatedBlock, x: Tensor, modulating: Tensor, mask: Mask, memory: Memory | None) -> Tensor:
         return block(x, block.adaLN_modulation(modulating), mask, memory=memory)

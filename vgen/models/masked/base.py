@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -80,10 +80,6 @@ class MaskedState:
     context: tuple[Tensor, ...]
     rows: int  # R
     counters: Counters
-
-    def take_rows(self, index: Tensor) -> Self:
-        """A state with the given rows of [R * B]."""
-        return replace(self, context=tuple(part[index] for part in self.context))
 
 
 class MaskedModel(NamedSizes, Checkpointed, Generator):

@@ -16,7 +16,7 @@ channels, D width, F channels of a semantic feature.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,19 +73,6 @@ class MingState:
     rows: int  # R
     goes_on: bool  # text follows the picture, so its last token enters the cache, too
     counters: Counters
-
-    def take_rows(self, index: Tensor) -> MingState:
-        """A state with the given rows of [R B]."""
-        samples = index[: len(index) // self.rows]  # of the first guidance row
-        return replace(
-            self,
-            cache=cache_rows(self.cache, index),
-            mask=self.mask[index],
-            position=self.position[index],
-            hidden=self.hidden[index],
-            memory=self.memory.take_rows(samples),
-            features=self.features[samples],
-        )
 
 
 class MingUniVision(Generator, ModelMixin, ConfigMixin):

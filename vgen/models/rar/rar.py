@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import KVCache, Memory, remember
 from vgen.layers.modulation import FinalNorm, ModulatedBlock, Modulation, SelfAttention
 from vgen.layers.transformer import Checkpointed, GeluMLP
 from vgen.models.base import Generator
@@ -84,15 +84,11 @@ class RARState:
     rows: int  # R
     counters: Counters
 
-    def take_rows(self, index: Tensor) -> RARState:
-        """A state with the given rows of [R * B]."""
-        return RARState(self.cache.take_rows(index), self.classes[index], self.length, self.rows, self.counters)
-
 
 @dataclass(frozen=True)
 class Plan:
     """One call: the positions that enter [R * B, f] (after cls and class in the first call), what each of the fed slots
-    predicts [R * B, f (+ 1)], and the slots. Shapes are equal for equal `shape_key`."""
+    predicts [R * B, f (+ 1)], and the slots."""
 
     fed: Tensor
     targets: Tensor
@@ -102,11 +98,6 @@ class Plan:
     def first(self) -> bool:
         """Whether cls and class enter in this call."""
         return self.slots.start == 0
-
-    @property
-    def shape_key(self) -> tuple[int, int]:
-        """(fed slots, filled slots)."""
-        return self.slots.stop - self.slots.start, self.slots.stop
 
 
 class RARModel(ClassConditional, Checkpointed, Generator, ModelMixin, ConfigMixin):
@@ -224,12 +215,14 @@ class RARModel(ClassConditional, Checkpointed, Generator, ModelMixin, ConfigMixi
         if size > 1:
             mask = torch.ones(size, slots.stop, dtype=torch.bool, device=x.device).tril(slots.start)
         for layer, block in enumerate(self.blocks):
-            memory = None if cache is None else (cache, layer, slots)
+            memory = remember(cache, layer, slots)
             x = self._checkpointed(self._layer, block, x, condition, mask, memory)
         return self.lm_head(self.adaln_before_head(x, condition))
 
     @staticmethod
-    def _layer(block: ModulatedBlock, x: Tensor, condition: Tensor, mask: Tensor | None, memory: Any) -> Tensor:
+    def _layer(
+        block: ModulatedBlock, x: Tensor, condition: Tensor, mask: Tensor | None, memory: Memory | None
+    ) -> Tensor:
         return block(x, block.adaLN_modulation(condition), mask, memory=memory)
 
     # ---------------------------------------------------------------- training
@@ -316,5 +309,5 @@ class RARModel(ClassConditional, Checkpointed, Generator, ModelMixin, ConfigMixi
         plan = self.plan(state, step, canvas)
         logits = self.run(state, plan, canvas.values.gather(1, canvas.fresh).repeat(state.rows, 1))
         state.length = plan.slots.stop
-        state.counters.add(logits.shape[0], plan.shape_key[0])
+        state.counters.add(logits.shape[0], plan.slots.stop - plan.slots.start)
         return Logits(rearrange(logits, "(r b) m v -> r b m v", r=state.rows))

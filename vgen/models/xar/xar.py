@@ -13,7 +13,7 @@ Shapes: B batch, R guidance rows, N tokens of C channels, K entities, f fed toke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError, nearest
-from vgen.layers.cache import KVCache
+from vgen.layers.cache import KVCache, Memory, remember
 from vgen.layers.diffusion_head import TimeEmbedding
-from vgen.layers.modulation import Memory, Modulation, SelfAttention, modulate
+from vgen.layers.modulation import Modulation, SelfAttention, modulate
 from vgen.layers.norm import RMSNorm
 from vgen.layers.transformer import Checkpointed, GeGLU
 from vgen.models.base import Generator
@@ -78,10 +78,6 @@ class XARState:
     rows: int  # R
     counters: Counters
 
-    def take_rows(self, index: Tensor) -> XARState:
-        """A state with the given rows of [R * B]."""
-        return replace(self, cache=self.cache.take_rows(index), classes=self.classes[index])
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -90,11 +86,6 @@ class Plan:
     slots: slice
     current: slice
     entities: int
-
-    @property
-    def shape_key(self) -> tuple[int, int]:
-        """(fed slots, visible slots): calls with equal keys can share one captured graph."""
-        return self.slots.stop - self.slots.start, self.slots.stop
 
 
 class XARModel(ClassConditional, Checkpointed, Generator, ModelMixin, ConfigMixin):
@@ -245,7 +236,7 @@ class XARModel(ClassConditional, Checkpointed, Generator, ModelMixin, ConfigMixi
 
         def stack(blocks: nn.ModuleList, x: Tensor, first: int) -> Tensor:
             for layer, block in enumerate(blocks, first):
-                memory = None if cache is None else (cache, layer, slots)
+                memory = remember(cache, layer, slots)
                 x = self._checkpointed(block, x, conditions, entity, rope, visible, memory)
             return x
 
