@@ -1,5 +1,5 @@
-"""Plug-ins: what may be registered, how they are found, and that files never import one. The page docs/plugins.md is followed in
-tests/test_docs.py."""
+"""Plug-ins: what may be registered, how they are found, and that files never import one. The page docs/plugins.md is followed
+in tests/test_readme.py."""
 
 import subprocess
 import sys
@@ -81,7 +81,7 @@ def test_a_registered_order_is_made_by_name_and_may_be_registered_again():
         (lambda: register_model("anyorder", Model), "the model 'anyorder' is there already, from vgen"),
         (lambda: register_model("mine", VQModel), "VQModel has no start, predict, commit"),
         (lambda: register_model("mine", Model()), "registered by its class"),
-        (lambda: register_tokenizer("mine", Model), "Model has no spec, encode, decode"),
+        (lambda: register_tokenizer("mine", Model), "Model has no encode, decode"),
         (lambda: register_tokenizer("mine", VQModel), "has a class VQModel already"),
         (lambda: register_system("par", "mine"), "the system 'par' is there already"),
         (lambda: register_system("mine", sys), "by the name of its module"),

@@ -26,21 +26,26 @@ import pytest
 from data.test_emoji import ENTRIES, NAMES, PICTURES, entry, make_archives
 from PIL import Image
 
+from vgen import plugins
 from vgen.cli.main import COMMANDS, build_parser, main
 from vgen.convert.published import names
 from vgen.data.emoji import build_emoji
 from vgen.errors import VgenError
+from vgen.models.registry import GENERATORS
 from vgen.pipelines.components import SHIPPED
+from vgen.pipelines.pipeline import VisualPipeline
 from vgen.recipes import find_config
-from vgen.samplers.orders import make_order
+from vgen.samplers.orders import ORDERS, make_order
 from vgen.settings import merge, parse_overrides, read_yaml
 from vgen.tokenizers_vis.registry import SHIPPED as TOKENIZERS
-from vgen.train.config import check_common
+from vgen.tokenizers_vis.registry import TOKENIZERS as FAMILIES
+from vgen.train.config import SYSTEMS, check_common
 from vgen.train.system import system_module
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-TEXTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+PLUGINS = ROOT / "docs" / "plugins.md"  # run from top to bottom, as it has names of its own
+TEXTS = [README, *sorted(set((ROOT / "docs").rglob("*.md")) - {PLUGINS})]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "published")
 QUICK = ["steps=2", "batch_size=4", "threads=1", "tensorboard=false"]
 """Appended to every `vgen train` of the README."""
@@ -141,6 +146,35 @@ def test_the_readme_runs(block, workspace, capsys):
         return
     for command in commands(block.text):
         check(command, workspace, capsys)
+
+
+def test_the_page_of_plugins_runs(workspace, capsys):
+    """docs/plugins.md from top to bottom: its module is written down, its commands and its Python are run, in order."""
+    module, *rest = [block for block in blocks(PLUGINS) if block.language in ("python", "bash", "yaml")]
+    tables = [(table, dict(table)) for table in (ORDERS, FAMILIES, GENERATORS, SYSTEMS)]
+    Path("my_plugin.py").write_text(module.text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(workspace)])
+        patch.setattr(plugins, "_OWNERS", {})
+        try:
+            for block in rest:
+                if block.language == "yaml":
+                    Path("cells.yaml").write_text(block.text, encoding="utf-8")
+                elif block.language == "python":
+                    exec(compile(block.text, str(block), "exec"), {})
+                else:
+                    for command in commands(block.text):
+                        check(command, workspace, capsys)
+            pipe = VisualPipeline.from_pretrained("runs/cells/model")
+            assert type(pipe.model).__module__ == type(pipe.tokenizer).__module__ == "my_plugin"
+        finally:
+            sys.modules.pop("my_plugin", None)
+            for table, rows in tables:
+                table.clear()
+                table.update(rows)
+    # Without the plug-in the pipeline is refused, and what is missing is said.
+    assert vgen(["sample", "--model", "runs/cells/model", "--prompt", "ghost"]) == 2
+    assert "(--plugin my_plugin, or import it in Python)" in capsys.readouterr().err
 
 
 def check(command: Command, workspace: Path, capsys) -> None:

@@ -41,10 +41,10 @@ SHIPPED = {
 def register_tokenizer(family: str, kind: type) -> None:
     """Adds a family of tokenizers to the table, from a module outside of vgen (see `vgen.plugins`): what it saved opens from then on.
 
-    kind: a class of diffusers' ModelMixin and ConfigMixin with `spec`, `encode` and `decode` (tokenizers_vis/base.py). VgenError:
-    it lacks one of them, or the name of the family or of the class is taken.
+    kind: a class of diffusers' ModelMixin and ConfigMixin with `encode`, `decode` and, in what it makes, `spec`
+    (tokenizers_vis/base.py). VgenError: it lacks one of them, or the name of the family or of the class is taken.
     """
-    register_class(TOKENIZERS, "tokenizer", family, kind, ("from_pretrained", "spec", "encode", "decode"))
+    register_class(TOKENIZERS, "tokenizer", family, kind, ("from_pretrained", "encode", "decode"))
 
 
 def shipped_tokenizer(name: str) -> ModelMixin:
