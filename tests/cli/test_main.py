@@ -33,8 +33,11 @@ WITHOUT_TORCH = [
     (["train", "config.yaml", "seed=12:30"], 2),
     (["data", "info", "{000..004}.tar"], 2),
     (["tokenize", "--model", "emoji-vq", "--data", "nothing/*.tar", "--out", "x"], 2),
+    (["reconstruct", "--model", "emoji-vq", "--input", "pictures", "--split", "valid"], 2),
     (["sample", "--model", "emojy"], 2),
     (["sample", "--model", "."], 2),
+    (["sample", "--prompt", "ghost", "--mask", "empty.png"], 2),
+    (["sample", "--prompt", "ghost", "--init-image", "empty.png", "--mask", "empty.png"], 2),
     (["convert", "llamagen-vq1", "--out", "x"], 2),
     (["data", "info", "not/there"], 2),
     (["orders", "--grid", "0"], 2),
@@ -45,6 +48,9 @@ WITHOUT_TORCH = [
 def test_nothing_heavy_is_imported_for_help_and_refusals(tmp_path):
     """One process for all: what a command imports stays, so none of them imports torch."""
     (tmp_path / "config.yaml").write_text("version: 1\nsystem: anyorder\nout: run\nsteps: 1\n", encoding="utf-8")
+    (tmp_path / "pictures" / "train").mkdir(parents=True)
+    (tmp_path / "pictures" / "train" / "a.png").touch()
+    (tmp_path / "empty.png").touch()
     code = f"""
 import sys
 from vgen.cli.main import main

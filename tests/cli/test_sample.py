@@ -68,6 +68,8 @@ def test_list_words(pipeline_folder, capsys):
         (["--prompt", "cat", "--seed", "-4"], ["seed"]),
         (["--prompt", "cat", "--device", "abacus"], ["abacus"]),
         (["--class-label", "77"], ["77"]),
+        (["--prompt", "cat", "--size", "16x8"], ["make pictures of 8x8, got the size 16x8"]),
+        (["--prompt", "cat", "--size", "large"], ["--size", "192x256"]),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(pipeline_folder, tmp_path, capsys, arguments, words):

@@ -57,6 +57,32 @@ def test_ten_crops(tmp_path, pictures, tokenizer):
         cache_tokens(tmp_path / "tokenizer", pictures, tmp_path / "other", size=32, ten_crop=0.9)
 
 
+def test_pictures_that_are_not_square(tmp_path, pictures, tokenizer, vae):
+    size, views = (16, 32), {"flips": True, "variants": 1, "ten_crop": 1.25}
+    cache_tokens(tmp_path / "tokenizer", pictures, tmp_path / "out", size=size, **views, say=str)
+    cached, images = TokenDataset(tmp_path / "out" / "train.safetensors"), open_images(pictures, "train", size)
+    larger = open_images(pictures, "train", (20, 40))
+    assert cached.grid == (1, 2, 4) and cached.variants == 13 and cached.spec.size is None, "the grid says it"
+    plain, whole = (torch.stack([data[i]["image"] for i in range(12)]) for data in (images, larger))
+    with torch.no_grad():
+        for variant, view in ((0, plain), (1, plain.flip(-1)), (4, whole[..., :16, 8:]), (7, whole[..., 2:18, 4:36])):
+            assert torch.equal(cached.tokens[:, variant].long(), tokenizer.encode(view))
+    cache_tokens(tmp_path / "vae", pictures, tmp_path / "latents", size=size, low_res=(8, 16), say=str)
+    spec = TokenDataset(tmp_path / "latents" / "train.safetensors").spec
+    assert spec == TokenSetSpec((1, 2, 4), None, 4, (1, 1, 2))
+    with pytest.raises(VgenError, match="1 to 15x31 pixels a side, got --low-res 16"):
+        cache_tokens(tmp_path / "vae", pictures, tmp_path / "latents", size=size, low_res=16)
+
+
+def test_a_square_has_one_identity(tmp_path, pictures, tokenizer):
+    """Caches of before sizes had two sides are kept."""
+    said = []
+    for size in (32, (32, 32)):
+        cache_tokens(tmp_path / "tokenizer", pictures, tmp_path / "out", size=size, say=said.append)
+    assert sum("kept: same pictures" in line for line in said) == 2
+    assert [caching._side(size) for size in (None, (32, 32), (16, 32))] == [0, 32, (16, 32)]
+
+
 def test_interrupted_it_continues_and_finished_splits_are_kept(tmp_path, pictures, tokenizer, monkeypatch):
     monkeypatch.setattr(caching, "PART", 5)
     calls = []
@@ -206,5 +232,7 @@ def test_a_costly_decoder_is_asked_for_some_pictures(tmp_path, pictures, monkeyp
     reports = cache_tokens(tmp_path / "flextok", pictures, tmp_path / "out", size=32, batch_size=4, say=str)
     assert asked == [4, 4] and [report.images for report in reports] == [12, 6]
     # Pictures smaller than the largest come back in their own size.
-    small = cache_tokens(tmp_path / "flextok", pictures, tmp_path / "small", size=16, batch_size=4, say=str)
+    small = cache_tokens(tmp_path / "flextok", pictures, tmp_path / "small", size=(16, 24), batch_size=4, say=str)
     assert asked[2:] == [4, 4] and all(0 < report.psnr < 60 for report in small)
+    # Nothing but this says what the tokens are of.
+    assert TokenDataset(tmp_path / "small" / "train.safetensors").spec.size == (16, 24)

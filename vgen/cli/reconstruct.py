@@ -90,6 +90,11 @@ def check(args: argparse.Namespace) -> None:
     """What can be refused before torch is imported."""
     check_tokenizer(args.model)
     existing_data("--input", args.input)
+    if args.split is not None and (args.input.is_dir() or not args.input.is_file()):
+        from vgen.data.sources import splits_of
+        from vgen.data.splits import find_split
+
+        find_split(args.split, splits_of(args.input), args.input)
     existing("--checkpoint-dir", args.checkpoint_dir, "folder")
     if (args.lpips_vgg is None) != (args.lpips_heads is None):
         raise VgenError("LPIPS needs both --lpips-vgg and --lpips-heads")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgen.cli.arguments import device, existing, margins, number, usable_device, whole, writable_file
+from vgen.cli.arguments import device, existing, margins, number, picture_size, usable_device, whole, writable_file
 from vgen.cli.sample_files import OneFile, SampleFolder, caption, destination
 from vgen.convert.load import check_pipeline, load_as
 from vgen.errors import VgenError
@@ -130,6 +130,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         how.add_argument(
             f"--low-{name}", type=kind, metavar="N", help=f"--{name} of the small picture that Hi-MAR makes first"
         )
+    how.add_argument(
+        "--size",
+        type=picture_size,
+        metavar="S|HxW",
+        help="side, or height x width, in pixels, of models whose tokens leave it open (FlexTok's; default: what the model learned)",
+    )
     how.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="0 to 4294967295 (default 0)")
     paint = parser.add_argument_group("in- and outpainting")
     paint.add_argument(
@@ -204,6 +210,10 @@ def check(args: argparse.Namespace) -> None:
     _order_options(args.order_option)
     for option in ("init_image", "mask", "prompt_file"):
         existing(f"--{option.replace('_', '-')}", getattr(args, option), "file")
+    if args.init_image or args.mask or args.outpaint:
+        from vgen.pipelines.masks import read_parts
+
+        read_parts(args.init_image, args.mask, args.outpaint)
     writable_file("--trace", args.trace, (".gif", ".webp"))
     inputs = {path.resolve() for path in (args.init_image, args.mask, args.prompt_file, args.trace) if path}
     if Path(args.out).resolve() in inputs:
@@ -248,12 +258,13 @@ def run(args: argparse.Namespace) -> None:
         "substeps": int(args.substeps) if args.substeps and args.substeps.isdecimal() else args.substeps,
         "low_guidance_scale": args.low_guidance_scale,
         "low_substeps": args.low_substeps,
+        "size": None if args.size is None else list(args.size),
     }
     settings = _settings(args, pipe, order, given)
     if args.compile:
         pipe.model.compile_repeated_blocks(dynamic=True)
 
-    _, height, width = pipe.tokenizer.spec.pixels(pipe.grids[-1])
+    height, width = pipe.picture_size(given["size"])
     trace, stats, start = Trace() if args.trace else None, Stats(), time.perf_counter()
 
     def after_step(*state: Any) -> None:

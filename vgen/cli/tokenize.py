@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vgen.cli.arguments import device, existing_data, number, usable_device, whole, writable_folder
+from vgen.cli.arguments import device, existing_data, number, picture_size, usable_device, whole, writable_folder
 
 EPILOG = """examples:
   vgen tokenize --model runs/emoji/tokenizer/model --data data/emoji --out runs/tokens/emoji
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", type=Path, help="where the token sets go")
     parser.add_argument(
         "--size",
-        type=whole(1),
-        metavar="S",
-        help="side of the pictures in pixels (default: from the dataset's manifest)",
+        type=picture_size,
+        metavar="S|HxW",
+        help="side of the pictures in pixels, or height x width (default: from the dataset's manifest)",
     )
     parser.add_argument("--flips", action="store_true", help="add mirror images of the training pictures")
     parser.add_argument(
@@ -61,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--low-res",
-        type=whole(1),
+        type=picture_size,
         default=0,
-        metavar="PIXELS",
+        metavar="S|HxW",
         help="continuous tokenizers: add the latents of the same pictures at this size, which Hi-MAR starts from",
     )
     parser.add_argument(

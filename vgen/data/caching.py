@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vgen.data.batches import large_batch
 from vgen.data.dataset import ImageDataset, open_images
 from vgen.data.heldout import AUTO
 from vgen.data.identity import digest, pictures_digest, weights_digest
-from vgen.data.images import Augment
+from vgen.data.images import Augment, both_sides
 from vgen.data.sources import Collection, open_data, splits_of
 from vgen.data.split_files import Record, SplitFiles, check_out, complete, marked_splits
 from vgen.data.splits import manifest_size
@@ -39,20 +39,20 @@ CHECKED = 64  # pictures per part, about, that a decoder of many steps (FlexTok'
 @dataclass(frozen=True)
 class View:
     """One variant of every picture: the plain one, its mirror image, random view number `epoch` of an augmented dataset, or
-    the square of side `size` at `corner` (row, column) of a larger picture. dataset: None where the plain pictures serve."""
+    the part of `size` (height, width) at `corner` (row, column) of a larger picture. dataset: None where the plain pictures serve."""
 
     dataset: ImageDataset | None = None
     epoch: int = 0
     mirror: bool = False
     corner: tuple[int, int] | None = None
-    size: int = 0
+    size: tuple[int, int] = (0, 0)
 
     def pixels(self, index: int, plain: Tensor) -> Tensor:
-        """[3, size, size] in [-1, 1]; plain: the same of the plain picture."""
+        """[3, H, W] in [-1, 1]; plain: the same of the plain picture."""
         image = plain if self.dataset is None else self.dataset[index, self.epoch]["image"]
         if self.corner is not None:
-            top, left = self.corner
-            image = image[:, top : top + self.size, left : left + self.size]
+            (top, left), (height, width) = self.corner, self.size
+            image = image[:, top : top + height, left : left + width]
         return image.flip(-1) if self.mirror else image
 
 
@@ -75,7 +75,7 @@ class ViewSettings:
                 f"ten crops are cut out of larger pictures: expected a range above 1 such as 1.1, found {self.ten_crop}"
             )
 
-    def views(self, data: Collection, split: str, size: int) -> list[View]:
+    def views(self, data: Collection, split: str, size: tuple[int, int]) -> list[View]:
         """The plain pictures, and of the training split what is asked for."""
         views = [View()]
         if split != "train":
@@ -86,16 +86,16 @@ class ViewSettings:
             augmented = open_images(data, split, size, Augment(flip=flip, min_scale=self.min_scale))
             views += [View(augmented, epoch=number) for number in range(self.variants)]
         if self.ten_crop:
-            side = int(size * self.ten_crop)
-            views += ten_crops(open_images(data, split, side), side, size)
+            larger = int(size[0] * self.ten_crop), int(size[1] * self.ten_crop)
+            views += ten_crops(open_images(data, split, larger), larger, size)
         return views
 
 
-def ten_crops(larger: ImageDataset, side: int, size: int) -> list[View]:
-    """The four corners and the centre of pictures of `side` pixels, cut to `size`, and their mirror images (LlamaGen's data)."""
-    far, middle = side - size, round((side - size) / 2)
-    corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
-    return [View(larger, mirror=mirror, corner=corner, size=size) for mirror in (False, True) for corner in corners]
+def ten_crops(pictures: ImageDataset, larger: tuple[int, int], size: tuple[int, int]) -> list[View]:
+    """The four corners and the centre of pictures of `larger` height and width, cut to `size`, and their mirror images (LlamaGen's data)."""
+    bottom, right = larger[0] - size[0], larger[1] - size[1]
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    return [View(pictures, mirror=mirror, corner=corner, size=size) for mirror in (False, True) for corner in corners]
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ def cache_tokens(
     data: str | Path,
     out: str | Path,
     *,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     flips: bool = False,
     variants: int = 0,
     min_scale: float = 0.8,
     ten_crop: float = 0.0,
-    low_res: int = 0,
+    low_res: int | tuple[int, int] = 0,
     held_out: str | int | None = AUTO,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
@@ -136,7 +136,7 @@ def cache_tokens(
 ) -> list[SplitReport]:
     """Writes `out/SPLIT.safetensors` and `.json` (`vgen.data.tokens.TokenDataset`) for every split of `data`.
 
-    size: side in pixels (None: what the dataset's manifest says); flips: add the mirror image of every training picture; variants:
+    size: side in pixels, or height and width (None: what the dataset's manifest says); flips: add the mirror image of every training picture; variants:
     add so many random crops of at least `min_scale` of a side (mirrored at random with `flips`); ten_crop: add the ten crops of
     the pictures at so many times `size` (0: none; the released LlamaGen, PAR, NAR and RAR: 1.1). Other splits stay plain.
     low_res: of continuous tokenizers, add the latents of every view at this size (0: none; Hi-MAR: half). held_out: how many training
@@ -158,17 +158,19 @@ def cache_tokens(
     check_out(out, splits_of(data, held_out))
     folder = find_tokenizer(model)
     tokenizer = open_tokenizer(folder)
-    tokenizer.spec.grid(size, size)
-    if low_res:
+    size, low = both_sides(size), both_sides(low_res) if low_res else None
+    tokenizer.spec.grid(*size)
+    if low:
         if tokenizer.spec.vocabulary is not None:
             raise VgenError(
                 f"smaller pictures are for continuous tokenizers, and {folder} makes codes; leave --low-res out"
             )
-        if not 0 < low_res < size:
-            raise VgenError(f"the smaller pictures have 1 to {size - 1} pixels a side, got --low-res {low_res}")
-        tokenizer.spec.grid(low_res, low_res)
+        if not all(0 < small < side for small, side in zip(low, size)):
+            most, found = (_written(side - 1 for side in size), _written(low))
+            raise VgenError(f"the smaller pictures have 1 to {most} pixels a side, got --low-res {found}")
+        tokenizer.spec.grid(*low)
     tokenizer.to(device)
-    coding = Coding(Coder(tokenizer, low_res), folder, weights_digest(folder), saved_config(folder), size)
+    coding = Coding(Coder(tokenizer, low), folder, weights_digest(folder), saved_config(folder), size)
     collection = open_data(data, held_out)
     say(str(collection.report))
     with sole_user(out, "tokenizing"):
@@ -198,10 +200,10 @@ def _cache_splits(
 
 @dataclass(frozen=True)
 class Coder:
-    """What is cached of a picture: codes, or the moments of latents, also of the picture made smaller (low_res, 0: not)."""
+    """What is cached of a picture: codes, or the moments of latents, also of the picture made smaller (low_res, height and width; None: not)."""
 
     tokenizer: ModelMixin
-    low_res: int = 0
+    low_res: tuple[int, int] | None = None
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] -> the tensors of a token set (vgen/data/tokens.py), a row a picture."""
@@ -214,7 +216,7 @@ class Coder:
     def _of_latents(self, pixels: Tensor) -> dict[str, Tensor]:
         found = self._latents(pixels, "tokens", "deviations")
         if self.low_res:
-            small = F.interpolate(pixels, (self.low_res, self.low_res), mode="bicubic")  # no antialias, as Hi-MAR
+            small = F.interpolate(pixels, self.low_res, mode="bicubic")  # no antialias, as Hi-MAR
             found |= self._latents(small, "low", "low_deviations")
         return found
 
@@ -254,13 +256,13 @@ class Coder:
 
 @dataclass(frozen=True)
 class Coding:
-    """A frozen tokenizer, where it comes from, and the size at which it sees pictures."""
+    """A frozen tokenizer, where it comes from, and the size (height, width) at which it sees pictures."""
 
     encode: Coder
     folder: Path
     digest: str
     config: Mapping[str, Any]
-    size: int
+    size: tuple[int, int]
 
     def cache(
         self,
@@ -276,8 +278,8 @@ class Coding:
             CODING,
             self.digest,
             self.config,
-            self.size,
-            self.encode.low_res,
+            _side(self.size),
+            _side(self.encode.low_res),
             seen,
             pictures_digest(dataset.source, files.split),
         )
@@ -348,11 +350,12 @@ class Coding:
         sidecar = write_tokens(
             files.tokens,
             tensors["tokens"],
-            grid=spec.grid(self.size, self.size),
+            grid=spec.grid(*self.size),
             vocabulary=spec.vocabulary,
             tokenizer_sha256=self.digest,
             tokenizer_config=self.config,
-            low_grid=spec.grid(low, low) if low else None,
+            low_grid=spec.grid(*low) if low else None,
+            size=spec.size_options(*self.size).get("size"),
             more={key: part for key, part in tensors.items() if key != "tokens"},
             **description,
         )
@@ -405,3 +408,15 @@ def _encode(
         "psnr": torch.cat([torch.empty(0), *quality]),
         "index": index,
     }
+
+
+def _side(size: tuple[int, int] | None) -> int | tuple[int, int]:
+    """A size as identities have it: the side of a square (they knew no others), 0 for none."""
+    if size is None:
+        return 0
+    return size[0] if size[0] == size[1] else size
+
+
+def _written(size: Iterable[int]) -> str:
+    """'31' for a square, else '31x63'."""
+    return "x".join(map(str, dict.fromkeys(size)))

@@ -36,20 +36,23 @@ _FIELDS = ("captions", "labels", "keys", "class_names", "tokenizer", "tokenizer_
 class TokenSetSpec:
     """The shape of a token set: what a generator is made for.
 
-    grid: (T, H, W); vocabulary: number of codes, or None and channels: floats a token; low_grid: of the smaller pictures.
+    grid: (T, H, W); vocabulary: number of codes, or None and channels: floats a token; low_grid: of the smaller pictures; size: (height,
+    width) of the pictures in pixels, where the grid does not say it (FlexTok).
     """
 
     grid: tuple[int, int, int]
     vocabulary: int | None = None
     channels: int | None = None
     low_grid: tuple[int, int, int] | None = None
+    size: tuple[int, int] | None = None
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> TokenSetSpec:
         """From the sidecar. Raises KeyError or TypeError for another file."""
-        low = record.get("low_grid")
         grid = tuple(int(side) for side in record["grid"])
-        return cls(grid, record["vocabulary"], record.get("channels"), None if low is None else tuple(low))
+        # Sets of the past have neither of these two.
+        low, size = (None if record.get(key) is None else tuple(record[key]) for key in ("low_grid", "size"))
+        return cls(grid, record["vocabulary"], record.get("channels"), low, size)
 
     def check(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Raises VgenError unless the tensors of a set fit."""
@@ -108,6 +111,7 @@ def write_tokens(
     tokenizer_config: Mapping[str, Any] | None = None,
     class_names: Sequence[str] = (),
     low_grid: tuple[int, int, int] | None = None,
+    size: tuple[int, int] | None = None,
     more: Mapping[str, Tensor] | None = None,
     aesthetics: Sequence[float] = (),
 ) -> str:
@@ -115,7 +119,7 @@ def write_tokens(
 
     tokens: integer `[M, N]` or `[M, A, N]` in [0, vocabulary), N positions of `grid` (T, H, W) in raster order; vocabulary None:
     floats `[M, N, C]` or `[M, A, N, C]`, with `more` as the module says (deviations, low, low_deviations).
-    aesthetics: a score of every picture, NaN where it is not known (empty: none is).
+    size: of the pictures, where the grid does not say it. aesthetics: a score of every picture, NaN where it is not known (empty: none is).
     tokenizer, tokenizer_sha256, tokenizer_config: name or path of the tokenizer, the digest of its weights, and its config, so that
     a generator trained on these tokens can be paired with the right decoder.
     """
@@ -126,7 +130,7 @@ def write_tokens(
     counts |= {"aesthetics": len(aesthetics)} if len(aesthetics) else {}
     if set(counts.values()) != {len(tokens)}:
         raise VgenError(f"{len(tokens)} rows of tokens need as many captions, labels and keys, found {counts}")
-    spec = TokenSetSpec(tuple(grid), vocabulary, None if vocabulary else tokens.shape[-1], low_grid)
+    spec = TokenSetSpec(tuple(grid), vocabulary, None if vocabulary else tokens.shape[-1], low_grid, size)
     if vocabulary is None:
         dtype = torch.float16
     else:

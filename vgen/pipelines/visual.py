@@ -103,7 +103,8 @@ class Sampler(ConfigMixin):
     tokenizer: see tokenizers_vis/base.py; model: see `vgen.models.base.Generator`. The other arguments are
     defaults of a call, saved in `model_index.json`; choice: a name of `samplers.choice.RECIPES`; substeps, solver, shift, clip: of
     continuous tokens (None: the default of their kind). A model with several `grids` makes a small picture first (Hi-MAR);
-    low_steps, low_guidance_scale, low_substeps are the settings of that level (None: as the model's, or as the other level's).
+    low_steps, low_guidance_scale, low_substeps are the settings of that level (None: as the model's, or as the other level's). size: (height,
+    width) in pixels of the pictures that the model learned, where tokens leave it open (FlexTok; None: what the tokenizer was made for).
 
     This is all of a pipeline but diffusers' base class, whose import takes longer than a picture: the command line opens this one,
     everything else `VisualPipeline` (pipelines/pipeline.py), which has the base class as well.
@@ -132,6 +133,7 @@ class Sampler(ConfigMixin):
         low_steps: int | None = None,
         low_guidance_scale: float | None = None,
         low_substeps: int | str | None = None,
+        size: Sequence[int] | None = None,
     ):
         super().__init__()
         _check_low(model, low_steps, low_guidance_scale, low_substeps)
@@ -164,6 +166,7 @@ class Sampler(ConfigMixin):
             low_steps=low_steps,
             low_guidance_scale=low_guidance_scale,
             low_substeps=low_substeps,
+            size=None if size is None else list(size),
         )
 
     def register_modules(self, **modules: Any) -> None:
@@ -276,7 +279,7 @@ class Sampler(ConfigMixin):
         the others are for the whole one; init_image and mask: white areas of the mask are made anew, tokens under black areas stay;
         outpaint: new margins (left, top, right, bottom) around the init image, ints in its pixels, floats as shares of its sides
         (`read_painting`); paste_back: what stays has the init image's own pixels, with a soft seam, instead of the tokenizer's;
-        size: (height, width) of the pictures where the tokens leave it open (FlexTok; None: what the tokenizer was made for);
+        size: (height, width) of the pictures where the tokens leave it open (FlexTok; None: what the model learned);
         output_type: 'pil', 'np' ([B, H, W, 3] in [0, 1]), 'pt' ([B, 3, H, W] in [0, 1]) or 'latent' (the tokens, not decoded);
         callback_on_step_end(pipeline, index, step, {"canvas": canvas}) is called after every step of a batch; progress: a bar of the
         steps of each batch (`set_progress_bar_config`). Picture i depends on (seed, i) only, not on `batch_size`, `first` or `skip`.
@@ -404,6 +407,7 @@ class Sampler(ConfigMixin):
         """Raises VgenError for default settings that no call can use: substeps, orders, guidance of another kind of model."""
         self._choice(None, None, None, None, None)
         self._guidance(None, None, None)
+        self._shape(None)
         self.model.check_order(self.make_order(None, None, seed=0))
 
     def make_order(
@@ -461,8 +465,13 @@ class Sampler(ConfigMixin):
         options = {"samples": samples, "seed": seed, "condition": caption, **self._shape(size)}
         return to_images(decode_each(self.tokenizer, values.to(self.device), self.grids[level], **options))
 
+    def picture_size(self, size: Sequence[int] | None = None) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures that a call with this `size` makes."""
+        return self._shape(size).get("size", self.tokenizer.spec.pixels(self.grids[-1])[1:])
+
     def _shape(self, size: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
         """What the tokenizer's `decode` is told about a picture of this size, checked."""
+        size = _first(size, self.config.get("size"))
         if size is None:
             return {}
         try:

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from vgen.cli.main import main
 from vgen.data.tokens import TokenSetSpec, write_tokens
 from vgen.errors import VgenError
 from vgen.pipelines.visual import VisualPipeline
@@ -23,7 +25,13 @@ TOKENIZER = {
 
 
 @pytest.fixture
-def config_of(tmp_path):
+def size():
+    """Of the pictures that the sequences are of; None: an older set, which does not say it."""
+    return None
+
+
+@pytest.fixture
+def config_of(tmp_path, size):
     FlexTok.of_size("emoji-pixels", **TOKENIZER).save_pretrained(tmp_path / "flextok")
     (tmp_path / "sequences").mkdir()
     for split, rows in (("train", 24), ("heldout", 6)):
@@ -38,6 +46,7 @@ def config_of(tmp_path):
             vocabulary=32,
             tokenizer="none",
             class_names=("a", "b", "c", "d"),
+            size=size,
         )
 
     def make(*overrides, **model):
@@ -84,6 +93,24 @@ def test_only_the_leading_tokens(config_of):
     pipe = VisualPipeline.from_pretrained(summary.model)
     made = pipe("pattern one", seed=1)
     assert made.tokens.shape == (1, 3) and made.stats.calls == 3 and made.images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("size", [(16, 24)])
+def test_it_makes_pictures_of_the_size_it_learned(tmp_path, config_of, size):
+    summary = train(config_of("steps=1", "evaluate_every=0", "preview_every=1"))
+    (preview,) = summary.folder.glob("previews/*.png")
+    pipe = VisualPipeline.from_pretrained(summary.model)
+    assert pipe("pattern one").images[0].size == (24, 16), "PIL says width x height"
+    assert pipe("pattern one", size=(32, 8)).images[0].size == (8, 32)
+    command = ["sample", "--model", str(summary.model), "--prompt", "pattern one", "--out"]
+    for more, wide in (([], (24, 16)), (["--size", "32x8"], (8, 32)), (["--size", "8"], (8, 8))):
+        assert main([*command, str(tmp_path / "one.png"), *more]) == 0
+        assert Image.open(tmp_path / "one.png").size == wide
+    assert main([*command, f"{tmp_path / 'many'}/", "--num-images", "2", "--size", "32x8"]) == 0
+    assert main([*command, f"{tmp_path / 'many'}/", "--num-images", "2", "--size", "32x8"]) == 0
+    assert main([*command, f"{tmp_path / 'many'}/", "--num-images", "2"]) == 2, "other settings"
+    with Image.open(preview) as sheet:
+        assert sheet.width > sheet.height
 
 
 def test_prompts_through_a_t5(tmp_path, config_of):

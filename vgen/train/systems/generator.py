@@ -342,7 +342,10 @@ class GeneratorSystem:
         if model.vocabulary.unconditional:  # nothing to be guided to: one row a picture is enough
             settings |= {"guidance_scale": 1.0, "low_guidance_scale": None}
         return VisualPipeline(
-            tokenizer, model, **{**settings, "order": settings["order"] or model.default_order().name}
+            tokenizer,
+            model,
+            **{**settings, "order": settings["order"] or model.default_order().name},
+            size=self.train_tokens.spec.size,
         )
 
 
