@@ -572,9 +572,9 @@ class Sampler(ConfigMixin):
 
 def move_encoder(model: ModelMixin, device: Any = None, dtype: torch.dtype | None = None) -> None:
     """Puts the frozen text encoder of a generator's vocabulary, which is no part of its modules, beside it; without one nothing."""
-    encoder = getattr(getattr(model, "vocabulary", None), "encoder", None)
-    if encoder is None:
+    if model.vocabulary is None or not model.vocabulary.encodes:
         return
+    encoder = model.vocabulary.encoder
     encoder.to(device=device, dtype=dtype)
     if dtype == torch.float16:  # as transformers' own loading: layers of T5 that half precision's range does not hold
         wide = getattr(encoder, "_keep_in_fp32_modules", None) or ()
