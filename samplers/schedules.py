@@ -3,7 +3,7 @@
 `step_sizes` is what vgen's own orders use: exactly K positive sizes for every 1 <= K <= N. The functions named after a
 paper reproduce that paper's counts, rounding included, and are what its published checkpoints were sampled with. The
 guidance and temperature ramps that are tied to such a count stand beside it. Everything here is a pure function of host
-numbers.
+numbers; torch is imported by the two that round as torch does.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-
-import torch
+from typing import TYPE_CHECKING
 
 from vgen.errors import VgenError, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 # ---- vgen's own rule -------------------------------------------------------------------------------------------------
 
@@ -179,6 +181,10 @@ MASKED_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
 }
 
 
+# What the confidence order takes where nothing else is asked for.
+CONFIDENCE_SCHEDULE, CONFIDENCE_TEMPERATURE = "arccos", 4.5
+
+
 def enat_unknown(tokens: int, steps: int) -> list[int]:
     """Unknown tokens before each step of ENAT (arXiv 2411.06959): floor(N cos(pi/2 * share done)), without a clamp."""
     return [math.floor(tokens * math.cos(math.pi / 2 * step / steps)) for step in range(steps)]
@@ -190,6 +196,8 @@ def lumos_unknown(tokens: int, steps: int) -> list[int]:
     Every operation is in fp32 in this order: a double-precision cosine gives other counts (16 codes at 2/3: 7, not 8).
     The last entry is the rule's value (>= 1) although the last step keeps everything.
     """
+    import torch
+
     counts, unknown = [], tokens
     for step in range(1, steps + 1):
         ratio = torch.tensor(step / steps, dtype=torch.float32)
@@ -218,6 +226,8 @@ def lumos_history(length: int, ratio: float) -> torch.Tensor:
     length: content tokens of one frame, row ends included. ratio: share to hide. Returns
     [max(1, round(ratio * length))] int64, ascending; computed in fp32 as released.
     """
+    import torch
+
     count = max(1, round(ratio * length))
     slots = torch.arange(count, dtype=torch.float32) * (length / count)
     return slots.round().long().clamp(max=length - 1)

@@ -12,10 +12,8 @@ from vgen.errors import VgenError
 from vgen.samplers.noise import CONFIDENCE
 from vgen.samplers.orders.base import BaseOrder, Call, OrderStep, order_generator
 from vgen.samplers.orders.permuted import free_steps
-from vgen.samplers.schedules import MASKED_SCHEDULES, default_steps
+from vgen.samplers.schedules import CONFIDENCE_SCHEDULE, CONFIDENCE_TEMPERATURE, MASKED_SCHEDULES, default_steps
 from vgen.samplers.types import Canvas, Draw, Grid, Noise, grid_size
-
-SCHEDULE, TEMPERATURE = "arccos", 4.5  # where nothing else is asked for
 
 
 class ConfidenceOrder(BaseOrder):
@@ -32,7 +30,7 @@ class ConfidenceOrder(BaseOrder):
     def __init__(self, grid: Grid, steps: int, schedule: str, temperature: float):
         self.size_rule = _size_rule(grid, steps, schedule)
         name = f"confidence-{steps}"
-        if (schedule, temperature) != (SCHEDULE, TEMPERATURE):
+        if (schedule, temperature) != (CONFIDENCE_SCHEDULE, CONFIDENCE_TEMPERATURE):
             name = f"confidence:steps={steps},schedule={schedule},temperature={temperature:g}"
         super().__init__(name, grid, steps)
         self.temperature = temperature

@@ -1,25 +1,21 @@
-"""The table of orders, their options, and `make_order`."""
+"""The table of orders, their options, and `make_order`. It imports no torch, so that a command can read an order before anything heavy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from vgen.errors import VgenError, nearest
 from vgen.plugins import known, register
-from vgen.samplers.orders import confidence
-from vgen.samplers.orders.base import BaseOrder
-from vgen.samplers.orders.diagonal import diagonal
-from vgen.samplers.orders.fixed import blocks, halton, hierarchical, neighbor, raster, regions, subsample
-from vgen.samplers.orders.frames import FramesOrder
-from vgen.samplers.orders.given import given
-from vgen.samplers.orders.locality import locality_order
-from vgen.samplers.orders.permuted import random_order
-from vgen.samplers.orders.zip import zip_rows
-from vgen.samplers.schedules import MASKED_SCHEDULES, SCHEDULES
-from vgen.samplers.types import Grid, as_grid
+from vgen.samplers.schedules import CONFIDENCE_SCHEDULE, CONFIDENCE_TEMPERATURE, MASKED_SCHEDULES, SCHEDULES
 from vgen.values import real, string, whole
+
+if TYPE_CHECKING:
+    from vgen.samplers.orders.base import BaseOrder
+    from vgen.samplers.orders.frames import FramesOrder
+    from vgen.samplers.types import Grid
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,19 @@ def _schedule(default: str, *more: str) -> Option:
     return Option(default, _one_of(*names), f"sizes of the calls: {', '.join(names)}")
 
 
+def _from(module: str, name: str) -> Callable[..., BaseOrder]:
+    """A function of this package that makes an order; its module is imported when it is called."""
+
+    def build(*args: Any, **options: Any) -> BaseOrder:
+        return getattr(import_module(f"vgen.samplers.orders.{module}"), name)(*args, **options)
+
+    return build
+
+
 def frames_order(grid: Grid, inner: str, seed: int) -> FramesOrder:
     """Frames one after the other, each in the order named `inner` (e.g. 'confidence-8')."""
+    from vgen.samplers.orders.frames import FramesOrder
+
     kind, options = read_order(inner)
     if kind == "frames":
         raise VgenError("the inner order of 'frames' decodes one frame: it cannot be 'frames' itself")
@@ -114,9 +121,9 @@ def frames_order(grid: Grid, inner: str, seed: int) -> FramesOrder:
 
 
 ORDERS: dict[str, OrderKind] = {
-    "raster": OrderKind(raster, "row by row, one token a call", "LlamaGen, arXiv 2406.06525"),
+    "raster": OrderKind(_from("fixed", "raster"), "row by row, one token a call", "LlamaGen, arXiv 2406.06525"),
     "diagonal": OrderKind(
-        diagonal,
+        _from("diagonal", "diagonal"),
         "45-degree diagonals, one token a call",
         "DAR, arXiv 2503.11129",
         {
@@ -125,16 +132,18 @@ ORDERS: dict[str, OrderKind] = {
         },
         "way",
     ),
-    "neighbor": OrderKind(neighbor, "a whole anti-diagonal (or plane) a call", "NAR, arXiv 2503.10696"),
+    "neighbor": OrderKind(
+        _from("fixed", "neighbor"), "a whole anti-diagonal (or plane) a call", "NAR, arXiv 2503.10696"
+    ),
     "regions": OrderKind(
-        regions,
+        _from("fixed", "regions"),
         "n regions side by side, one token of each a call",
         "PAR, arXiv 2412.15119",
         {"n": Option(4, COUNT, "number of regions, i.e. tokens a call")},
         "n",
     ),
     "zip": OrderKind(
-        zip_rows,
+        _from("zip", "zip_rows"),
         "a row starts once the row above holds a window of tokens",
         "ZipAR, arXiv 2412.04062",
         {
@@ -147,28 +156,28 @@ ORDERS: dict[str, OrderKind] = {
         "window",
     ),
     "blocks": OrderKind(
-        blocks,
+        _from("fixed", "blocks"),
         "cells of h x w tokens in raster order, a cell a call",
         "xAR, arXiv 2502.20388",
         {"size": Option((2, 2), CELL, "side of a cell, or height x width such as 4x2")},
         "size",
     ),
     "subsample": OrderKind(
-        subsample,
+        _from("fixed", "subsample"),
         "every s-th token in both directions, a lattice a call",
         "xAR, arXiv 2502.20388",
         {"stride": Option((4, 4), CELL, "distance of the tokens of a call, or vertical x horizontal such as 4x2")},
         "stride",
     ),
     "random": OrderKind(
-        random_order,
+        _from("permuted", "random_order"),
         "a random permutation for every sample",
         "RandAR, arXiv 2412.01827; ARPG, arXiv 2503.10568",
         {"steps": STEPS, "schedule": _schedule("cosine"), "seed": SEED},
         "steps",
     ),
     "locality": OrderKind(
-        locality_order,
+        _from("locality", "locality_order"),
         "next to what is decoded, apart within a call",
         "LPD, arXiv 2507.01957",
         {
@@ -180,28 +189,28 @@ ORDERS: dict[str, OrderKind] = {
         "steps",
     ),
     "halton": OrderKind(
-        halton,
+        _from("fixed", "halton"),
         "evenly spread positions (low discrepancy)",
         "Halton scheduler, arXiv 2503.17076",
         {"steps": STEPS, "schedule": _schedule("cosine")},
         "steps",
     ),
     "hierarchical": OrderKind(
-        hierarchical,
+        _from("fixed", "hierarchical"),
         "coarse to fine over powers of two",
         "RandAR, arXiv 2412.01827, section on resolution",
         {"steps": Option(None, COUNT, "number of calls (default: one a level)"), "schedule": _schedule("cosine")},
         "steps",
     ),
     "confidence": OrderKind(
-        confidence.confidence_order,
+        _from("confidence", "confidence_order"),
         "predict all, keep what the model is surest of",
         "MaskGIT, arXiv 2202.04200",
         {
             "steps": STEPS,
-            "schedule": _schedule(confidence.SCHEDULE, *MASKED_SCHEDULES),
+            "schedule": _schedule(CONFIDENCE_SCHEDULE, *MASKED_SCHEDULES),
             "temperature": Option(
-                confidence.TEMPERATURE, AMOUNT, "noise on the confidence in the first call, falling to 0"
+                CONFIDENCE_TEMPERATURE, AMOUNT, "noise on the confidence in the first call, falling to 0"
             ),
         },
         "steps",
@@ -215,7 +224,7 @@ ORDERS: dict[str, OrderKind] = {
         nested=True,
     ),
     "given": OrderKind(
-        given,
+        _from("given", "given"),
         "your own: a permutation, groups or a step table",
         "-",
         {
@@ -274,6 +283,8 @@ def make_order(name: str, grid: int | tuple[int, ...], **options: Any) -> BaseOr
         except (ValueError, TypeError, KeyError) as error:
             expects = kind.options[key].reader.expects
             raise VgenError(f"order {kind_name!r}: {key} must be {expects}, got {value!r}") from error
+    from vgen.samplers.types import as_grid
+
     return kind.build(as_grid(grid), **values)
 
 

@@ -35,6 +35,8 @@ WITHOUT_TORCH = [
     (["tokenize", "--model", "emoji-vq", "--data", "nothing/*.tar", "--out", "x"], 2),
     (["reconstruct", "--model", "emoji-vq", "--input", "pictures", "--split", "valid"], 2),
     (["sample", "--model", "emojy"], 2),
+    (["sample", "--order", "rastr"], 2),
+    (["orders", "--order", "raster", "--order", "region-4"], 2),
     (["sample", "--model", "."], 2),
     (["convert", "llamagen-vq1", "--out", "x"], 2),
     (["data", "info", "not/there"], 2),

@@ -8,6 +8,7 @@ from pathlib import Path
 from vgen.cli.arguments import whole, writable_file
 from vgen.errors import VgenError
 from vgen.plugins import load_installed, registered
+from vgen.samplers.orders import ORDERS, make_order, read_order
 
 EPILOG = """examples:
   vgen orders                                             # the table only
@@ -53,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """What can be refused before torch is imported."""
+    for name in args.order or ():
+        read_order(name)
     writable_file("--out", args.out, (".png", ".webp", ".jpg", ".jpeg"))
     writable_file("--gif", args.gif, (".gif",))
 
@@ -96,15 +99,12 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _make(name: str, grid: tuple[int, int, int], seed: int | None):
-    from vgen.samplers.orders import ORDERS, make_order, read_order
-
     seeded = seed is not None and "seed" in ORDERS[read_order(name)[0]].options
     return make_order(name, grid, **({"seed": seed} if seeded else {}))
 
 
 def _table(orders) -> str:
     """Name, calls, mean tokens per call, what it does, paper; then the options of the orders shown."""
-    from vgen.samplers.orders import ORDERS, read_order
     from vgen.samplers.types import grid_size
 
     rows = [("order", "calls", "tokens/call", "what it does", "paper")]

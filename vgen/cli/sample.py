@@ -16,6 +16,7 @@ from vgen.cli.arguments import device, existing, margins, number, picture_size, 
 from vgen.cli.sample_files import OneFile, SampleFolder, caption, destination
 from vgen.convert.load import check_pipeline, load_as
 from vgen.errors import VgenError
+from vgen.samplers.orders import read_order
 from vgen.saved import read_json
 
 if TYPE_CHECKING:
@@ -208,6 +209,8 @@ def check(args: argparse.Namespace) -> None:
     if args.list_words:
         return
     _order_options(args.order_option)
+    if args.order is not None:
+        read_order(args.order)
     for option in ("init_image", "mask", "prompt_file"):
         existing(f"--{option.replace('_', '-')}", getattr(args, option), "file")
     if args.init_image or args.mask or args.outpaint:
