@@ -1,6 +1,8 @@
 """`vgen sample` on a tiny saved pipeline: files, traces, JSON, and one sentence for every mistake."""
 
 import json
+import os
+import threading
 
 import pytest
 from PIL import Image
@@ -28,6 +30,22 @@ def test_one_picture_a_sheet_and_a_folder(pipeline_folder, tmp_path, capsys):
     assert sample(pipeline_folder, "--prompt-file", prompts, "--out", tmp_path / "folder") == 0
     assert names(tmp_path / "folder") == ["00000.png", "00001.png", "samples.jsonl"]
     assert "2 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "contents",
+    ["\ufeffred apple\r\n# no\r\na\x0ccat\u2028mat\r\n".encode(), "red apple\na\x0ccat\u2028mat".encode("utf-16")],
+    ids=["utf-8-bom", "utf-16"],
+)
+def test_prompt_files_as_editors_and_pipes_give_them(pipeline_folder, tmp_path, contents):
+    prompts = tmp_path / "prompts.txt"
+    os.mkfifo(prompts)
+    writer = threading.Thread(target=prompts.write_bytes, args=(contents,))
+    writer.start()
+    assert sample(pipeline_folder, "--prompt-file", prompts, "--out", tmp_path / "folder") == 0
+    writer.join()
+    lines = (tmp_path / "folder" / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["prompt"] for line in lines] == ["red apple", "a\x0ccat\u2028mat"]
 
 
 def test_trace_and_json(pipeline_folder, tmp_path, capsys):
@@ -61,6 +79,7 @@ def test_list_words(pipeline_folder, capsys):
     [
         (["--prompt", "unicorn"], ["unicorn"]),
         (["--order", "sideways", "--prompt", "cat"], ["sideways"]),
+        (["--order", "", "--prompt", "cat"], ["unknown order ''"]),
         (["--order", "regions-5", "--prompt", "cat"], ["regions"]),
         (["--order-option", "steps", "--prompt", "cat"], ["KEY=VALUE"]),
         (["--prompt-file", "/nowhere.txt"], ["/nowhere.txt"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vgen.cli.arguments import device, existing, margins, number, picture_size, usable_device, whole, writable_file
 from vgen.cli.sample_files import OneFile, SampleFolder, caption, destination
 from vgen.convert.load import check_pipeline, load_as
+from vgen.data.text import BadFile, read_text
 from vgen.errors import VgenError
 from vgen.samplers.orders import read_order
 from vgen.saved import read_json
@@ -221,6 +223,7 @@ def check(args: argparse.Namespace) -> None:
     inputs = {path.resolve() for path in (args.init_image, args.mask, args.prompt_file, args.trace) if path}
     if Path(args.out).resolve() in inputs:
         raise VgenError(f"--out {args.out} is one of the other files of this command; give another name")
+    args.prompts = _prompts(args)  # once: a pipe (--prompt-file <(…)) gives its lines to the first who reads
     _destination(args)
 
 
@@ -250,7 +253,7 @@ def run(args: argparse.Namespace) -> None:
 
     from vgen.viz.trace import Trace, save_animation
 
-    prompts, target = _prompts(args), _destination(args)
+    prompts, target = args.prompts, _destination(args)
     order = pipe.make_order(args.order, args.steps, args.seed, _order_options(args.order_option), args.low_steps)
     given = {
         "guidance_scale": args.guidance_scale,
@@ -361,7 +364,7 @@ def _settings(args: argparse.Namespace, pipe: Sampler, order: Order, given: Mapp
 
 
 def _destination(args: argparse.Namespace) -> OneFile | SampleFolder:
-    prompts = _prompts(args)
+    prompts = args.prompts
     if prompts is None:
         subjects = [{"class": int(label) if label.isdecimal() else label} for label in args.class_label]
     else:
@@ -378,10 +381,9 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
     if args.prompt and args.prompt_file:
         raise VgenError("give --prompt or --prompt-file, not both")
     if args.prompt_file:
-        try:
-            # Not `splitlines`: a form feed or U+2028 inside a prompt ends no line.
-            lines = args.prompt_file.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
+        try:  # not splitlines: it ends lines at form feeds and U+2028 too, which stand in the middle of captions
+            lines = re.split(r"\r\n?|\n", read_text(args.prompt_file.read_bytes()))
+        except (OSError, BadFile) as error:
             raise VgenError(
                 f"the prompt file {args.prompt_file} cannot be read ({error}); give a UTF-8 text file, one prompt a line"
             ) from None

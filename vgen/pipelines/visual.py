@@ -427,7 +427,7 @@ class Sampler(ConfigMixin):
             if not hasattr(order, "steps"):
                 raise VgenError(f"an order is a name such as 'raster' or what make_order returns, got {shown(order)}")
             return order
-        name = order or self.config.order
+        name = self.config.order if order is None else order
         if not isinstance(options, dict | None):
             raise VgenError(f"the options of an order are a dict such as {{'steps': 8}}, got {shown(options)}")
         options = dict(options or {})

@@ -20,7 +20,7 @@ def undivided(tmp_path):
 @pytest.mark.parametrize(("held_out", "count"), [(None, 2), ("6", 6), ("50%", None)])
 def test_an_undivided_folder_trains_and_says_what_it_holds_out(undivided, capsys, held_out, count):
     data = DataConfig(path=str(undivided), size=8, held_out=held_out)
-    check_data(data)
+    check_data(data, "runs/x")
     train, plain = open_pictures(data, seed=0)
     assert len(train) + len(plain) == 19 and not set(train.keys) & set(plain.keys)
     assert len(plain) == count if count else 4 < len(plain) < 15
@@ -38,17 +38,17 @@ def test_splits_that_do_not_exist_are_refused_before_anything_is_read(undivided,
         (undivided / {"train": "cat", "val": "dog"}[name]).rename(tmp_path / "divided" / name)
     path = str(tmp_path / "divided")
     with pytest.raises(VgenError, match=r"config: data\.held_out_split: .* has no split 'heldout': found train, val"):
-        check_data(DataConfig(path=path, held_out_split="heldout"))
+        check_data(DataConfig(path=path, held_out_split="heldout"), "runs/x")
     with pytest.raises(
         VgenError, match=r"config: data\.train_split: .* has no split 'trian': found train, val \(did you"
     ):
-        check_data(DataConfig(path=path, train_split="trian"))
-    check_data(DataConfig(path=path, held_out_split="Val"))
-    check_data(DataConfig(path=path, held_out="3"))
+        check_data(DataConfig(path=path, train_split="trian"), "runs/x")
+    check_data(DataConfig(path=path, held_out_split="Val"), "runs/x")
+    check_data(DataConfig(path=path, held_out="3"), "runs/x")
     with pytest.raises(VgenError, match="a share such as 5%"):
-        check_data(DataConfig(path=path, held_out="some"))
+        check_data(DataConfig(path=path, held_out="some"), "runs/x")
     with pytest.raises(VgenError, match="does not exist"):
-        check_data(DataConfig(path=f"{path}/nowhere"))
+        check_data(DataConfig(path=f"{path}/nowhere"), "runs/x")
 
 
 def test_patterns_and_ranges_of_shards_train(tmp_path):
@@ -59,7 +59,7 @@ def test_patterns_and_ranges_of_shards_train(tmp_path):
         Image.new("RGB", (8, 8)).save(image)
         write_shard(tmp_path / f"set-{split}-0.tar", [(f"{n}", {"png": image.read_bytes()}) for n in range(4)])
     data = DataConfig(path=f"{tmp_path}/set-{{train,val}}-0.tar", size=8)
-    check_data(data)
+    check_data(data, "runs/x")
     assert [len(part) for part in open_pictures(data, seed=0)] == [4, 4]
 
 
@@ -80,10 +80,21 @@ def test_what_is_measured_where_nobody_says_it(tmp_path, capsys, splits, asked, 
             (tmp_path / split).mkdir(exist_ok=True)
             Image.new("RGB", (8, 8)).save(tmp_path / split / f"{split}{index}.png")
     data = DataConfig(path=str(tmp_path), size=8, **asked)
-    check_data(data)
+    check_data(data, "runs/x")
     train, held_out = open_pictures(data, seed=0)
     made = measured not in splits
     assert all(key.startswith("train" if made else measured) for key in held_out.keys), held_out.keys
     assert not set(train.keys) & set(held_out.keys)
     assert f"measured: {measured}" in capsys.readouterr().err
     assert set(picture_digests(data, train, held_out)) == {f"{tmp_path} (train)", f"{tmp_path} ({measured})"}
+
+
+def test_a_run_folder_is_not_among_its_pictures(pictures):
+    data = DataConfig(path=str(pictures))
+    check_data(data, str(pictures / "runs"))  # beside the split folders: read by none of them
+    for out in (pictures / "train", pictures / "train" / "red", pictures / "heldout" / "runs" / "new"):
+        with pytest.raises(VgenError, match=r"lies in \S+(train|heldout), whose pictures are read: the previews"):
+            check_data(data, str(out))
+    (pictures.parent / "link").symlink_to(pictures / "train")
+    with pytest.raises(VgenError, match="lies in"):
+        check_data(DataConfig(path=str(pictures / "train")), str(pictures.parent / "link" / "runs"))

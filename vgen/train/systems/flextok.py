@@ -100,7 +100,7 @@ class Config(TrainConfig):
 def check(config: Config) -> None:
     """Raises VgenError for settings that cannot work; of the VAE only the config is read."""
     data, loss, sampling = config.data, config.loss, config.sampling
-    check_data(data)
+    check_data(data, config.out)
     require_choice("loss.keep", loss.keep, KEEP)
     require_choice("loss.times", loss.times, TIMES)
     require_share(loss, "null_dropout", prefix="loss.")

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,7 +21,7 @@ from vgen.data.dataset import ImageDataset, open_images
 from vgen.data.heldout import AUTO
 from vgen.data.images import Augment
 from vgen.data.sources import HELD_OUT_SPLIT, open_data, splits_of
-from vgen.data.splits import find_split, held_out_among
+from vgen.data.splits import find_split, held_out_among, layout
 from vgen.errors import VgenError
 from vgen.layers.pixels import to_images
 from vgen.metrics import psnr, ssim
@@ -63,8 +64,8 @@ class PictureConfig(TrainConfig):
     text_encoder: str = "openai/clip-vit-large-patch14-336"
 
 
-def check_data(data: DataConfig) -> None:
-    """Raises VgenError for data settings that cannot work, before pictures are loaded."""
+def check_data(data: DataConfig, out: str) -> None:
+    """Raises VgenError for data settings that cannot work, before pictures are loaded. out: the run folder."""
     require(bool(data.path), "data.path must name a dataset folder")
     require_positive(data, "size", prefix="data.")
     require_share(data, "flip", prefix="data.")
@@ -76,6 +77,13 @@ def check_data(data: DataConfig) -> None:
         raise VgenError(f"config: data.path: {error}") from error
     find_split(data.train_split, splits, f"config: data.train_split: {data.path}")
     _held_out_split(data, splits)
+    run = Path(out).resolve()
+    for folder in chain.from_iterable(layout(data.path).parts.values()):
+        if folder.is_dir() and run.is_relative_to(folder.resolve()):
+            raise VgenError(
+                f"config: out={out} lies in {folder}, whose pictures are read: the previews of this run would become data; "
+                "choose an out= folder elsewhere"
+            )
 
 
 def _held_out(data: DataConfig) -> str:
@@ -110,7 +118,7 @@ def check_pictures(config: PictureConfig, families: Sequence[str]) -> ModelMixin
 
     Returns the model on the meta device.
     """
-    check_data(config.data)
+    check_data(config.data, config.out)
     require_choice("family", config.family, families)
     with torch.device("meta"):
         model = make_model(config)  # raises for impossible sizes
