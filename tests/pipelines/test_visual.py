@@ -35,7 +35,7 @@ def test_pictures_do_not_depend_on_the_batch_size(pipeline):
     one = pipeline(prompts, batch_size=1, seed=3)
     many = pipeline(prompts, batch_size=16, seed=3)
     assert torch.equal(one.tokens, many.tokens)
-    assert (pixels(one.images) == pixels(many.images)).mean() > 0.999  # convolutions may round differently by batch
+    assert np.array_equal(pixels(one.images), pixels(many.images))
     assert not torch.equal(one.tokens, pipeline(prompts, seed=4).tokens)
 
 

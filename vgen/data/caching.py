@@ -115,7 +115,8 @@ class SplitReport:
         views = f" x {self.variants} views" if self.variants > 1 else ""
         skipped = f", {self.skipped} unreadable pictures skipped" if self.skipped else ""
         trip = "" if self.psnr is None else f"round trip {self.psnr:.2f} dB; "
-        return f"{self.split}: {self.images} pictures{views}{skipped}; {trip}{self.tokens}; {self.path}"
+        count = f"{self.images} picture{'s' * (self.images != 1)}"
+        return f"{self.split}: {count}{views}{skipped}; {trip}{self.tokens}; {self.path}"
 
 
 def cache_tokens(
