@@ -1,13 +1,17 @@
 """`vgen sample` on a tiny saved pipeline: files, traces, JSON, and one sentence for every mistake."""
 
+import argparse
 import json
 import os
+import re
 import threading
 
 import pytest
 from PIL import Image
 
 from vgen.cli.main import main
+from vgen.cli.sample import _default_prompts, add_arguments
+from vgen.samplers.guidance import SCHEDULES
 
 
 def sample(folder, *arguments):
@@ -114,3 +118,25 @@ def test_missing_models(tmp_path, capsys):
 def test_debug_shows_the_traceback(pipeline_folder, capsys):
     assert sample(pipeline_folder, "--prompt", "unicorn", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_without_a_prompt_examples_are_made_that_the_model_has_words_for(
+    pipeline_folder, tmp_path, monkeypatch, capsys
+):
+    path = pipeline_folder / "model" / "vocabulary.json"
+    words = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+    known = next(word for word in words if not word.startswith("<"))
+    monkeypatch.setattr("vgen.cli.sample.PROMPTS", ("unheard of", known))
+    assert _default_prompts(str(pipeline_folder)) == (known,)
+    monkeypatch.setattr("vgen.cli.sample.PROMPTS", ("unheard of", f"{known} unheard"))
+    assert main(["sample", "--model", str(pipeline_folder), "--out", str(tmp_path / "x.png")]) == 2
+    said = capsys.readouterr().err
+    assert "give --prompt TEXT" in said and known in said and "--list-words" in said
+    assert _default_prompts("emoji") == ("unheard of", f"{known} unheard")
+
+
+def test_help_names_every_guidance_schedule():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    text = next(action.help for action in parser._actions if "--guidance-schedule" in action.option_strings)
+    assert sorted(re.findall(r"[a-z-]*(?:constant|linear|cosine)[a-z-]*", text)) == sorted(SCHEDULES)

@@ -1,6 +1,7 @@
 """Data without captions and classes, and data of which some pictures have none: every system trains, previews, exports and samples."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -53,13 +54,14 @@ QUICK = {
 }
 
 
-def recaption(folder, captions):
-    """Writes the sets of a folder anew with `captions(number of the picture)` and without classes."""
+def recaption(folder, captions, classes=False):
+    """Writes the sets of a folder anew with `captions(number of the picture)` and without classes, or with theirs."""
     for path in folder.glob("*.safetensors"):
         old = TokenDataset(path)
         latents = {name: part[:, 0] for name, part in old.tensors.items() if name != "tokens"}
         write_tokens(
-            path, old.tokens[:, 0], captions=[captions(i) for i in range(len(old))], labels=[-1] * len(old), keys=old.keys,
+            path, old.tokens[:, 0], captions=[captions(i) for i in range(len(old))], keys=old.keys,
+            labels=list(old.labels) if classes else [-1] * len(old), class_names=old.class_names if classes else (),
             grid=old.grid, vocabulary=old.vocabulary, tokenizer="none", low_grid=old.spec.low_grid, more=latents,
         )  # fmt: skip
 
@@ -187,3 +189,25 @@ def test_a_long_caption_is_cut_between_words():
         "Red  apple, on a table",
     ]
     assert vocabulary.shortened("", 4) == ""
+
+
+@pytest.mark.parametrize(
+    ("system", "share", "setting"),
+    [
+        ("anyorder", 0.1, "condition.class_share=1"),
+        ("llamagen", 0.0, "condition.kind=class"),
+        ("anyorder", 1.0, None),
+    ],
+)
+def test_classes_that_hardly_anything_sees_are_named(
+    system, share, setting, config_of, token_sets, tokenizer, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("vgen.train"), "propagate", True)
+    recaption(token_sets, lambda i: "", classes=True)
+    system = Trainer(config_of(system, CODES[system], token_sets, condition={"class_share": share})).system
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert system.vocabulary.words == []
+    if setting is None:
+        assert "no captions" not in said
+    else:
+        assert f"{share:.0%} of the samples see their class" in said and f"{setting})" in said

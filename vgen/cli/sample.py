@@ -112,7 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--guidance-schedule",
         metavar="NAME",
-        help="constant, linear, cosine, power-cosine, step-linear, … (docs/architecture.md)",
+        help="how the guidance grows: constant, by what is known (linear, linear-clamped, linear-before, cosine, power-cosine) or by "
+        "the number of the step (step-linear, step-linear-before, step-linear-ends, step-cosine, step-power-cosine, step-flipped-cosine)",
     )
     how.add_argument(
         "--temperature", type=number(0), metavar="T", help="0 always takes the likeliest token (default: the model's)"
@@ -395,12 +396,20 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
 
 
 def _default_prompts(model: str) -> tuple[str, ...]:
-    """Examples; of a model that was trained without captions the empty prompt, the only one it knows. Reads no weights."""
+    """The examples that the model has the words for; without captions in its training the empty prompt, the only one it knows.
+
+    Reads no weights. VgenError: it has words, but none of the examples."""
     path = Path(model) / "model" / "vocabulary.json"
     if not path.is_file():
         return PROMPTS
-    words = read_json(path).get("model", {}).get("vocab", {})
-    return PROMPTS if any(not word.startswith("<") for word in words) else ("",)
+    words = {word for word in read_json(path).get("model", {}).get("vocab", {}) if not word.startswith("<")}
+    sayable = tuple(prompt for prompt in PROMPTS if words.issuperset(prompt.split()))
+    if words and not sayable:
+        raise VgenError(
+            f"give --prompt TEXT (or --class-label): {model} was not trained with the words of the examples, but with such as "
+            f"{', '.join(sorted(words)[:8])}; --list-words prints them all"
+        )
+    return sayable or ("",)
 
 
 def _order_options(pairs: list[str]) -> dict[str, Any]:

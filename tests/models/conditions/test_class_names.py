@@ -41,6 +41,13 @@ def test_models_of_the_past_have_none(model, tmp_path):
     assert not (tmp_path / "again" / FILE).exists()
 
 
+@pytest.mark.parametrize("label", [0, "ant", "3"])
+def test_without_classes_a_prompt_is_asked_for(label):
+    vocabulary = Vocabulary.build(["a red apple"])
+    with pytest.raises(VgenError, match=r"trained without classes; give a prompt$"):
+        vocabulary.labels([label])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

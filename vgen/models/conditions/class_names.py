@@ -41,6 +41,8 @@ def class_number(label: int | str, classes: int, names: Sequence[str]) -> int:
 
     A text of digits is a name where there is such a name, else a number. Raises VgenError for a class that the model does not have.
     """
+    if not classes:
+        raise VgenError("this model was trained without classes; give a prompt")
     if isinstance(label, str):
         same = [number for number, name in enumerate(names) if name == label]
         same = same or [number for number, name in enumerate(names) if name.casefold() == label.casefold()]

@@ -106,9 +106,8 @@ class Vocabulary(Conditions):
 
     def class_id(self, label: int | str) -> int:
         """The prefix id of a class, by number or name."""
-        if self.first_class is None:
-            raise VgenError("this model was trained without classes; use a prompt")
-        return self.first_class + self.class_number(label)
+        number = self.class_number(label)
+        return self.first_class + number
 
     def shortened(self, text: str, limit: int) -> str:
         """The caption as far as a prefix of `limit` ids, `<start>` included, holds it (0: all)."""

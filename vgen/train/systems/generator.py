@@ -202,10 +202,22 @@ class GeneratorSystem:
             return ClassVocabulary(len(data.class_names), data.class_names)
         classes = data.class_names if condition.class_share else ()
         vocabulary = Vocabulary.build(data.captions, len(classes), classes)
-        if vocabulary.unconditional:
-            hint = f" (it has {len(data.class_names)} classes: condition.kind=class)" if data.class_names else ""
-            log.warning("%s has no captions%s: the model learns to make pictures without a prompt", data.path, hint)
+        self._warn_without_captions(vocabulary)
         return vocabulary
+
+    def _warn_without_captions(self, vocabulary: Vocabulary) -> None:
+        """Says what a model of prompts learns from pictures without captions, and which setting shows it their classes."""
+        if vocabulary.words:
+            return
+        data, share = self.train_tokens, self.config.condition.class_share
+        setting = "condition.kind=class" if "class" in self.conditions else "condition.class_share=1"
+        if not data.class_names:
+            log.warning("%s has no captions: the model learns to make pictures without a prompt", data.path)
+        elif share < 1:
+            log.warning(
+                f"{data.path} has no captions, and {share:.0%} of the samples see their class: what the others teach is to make "
+                f"pictures without a prompt (it has {len(data.class_names)} classes: {setting})"
+            )
 
     def _tokenizer(self) -> ModelMixin | None:
         folder = self.config.data.tokenizer
