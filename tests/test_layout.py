@@ -92,3 +92,28 @@ def test_public_names_resolve():
         assert getattr(vgen, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         vgen.nothing  # noqa: B018
+
+
+def test_a_clone_called_vgen_is_no_trap_for_python_above_it(tmp_path):
+    (tmp_path / "vgen").symlink_to(ROOT)
+    code = (
+        "from vgen import VisualPipeline, __version__; import vgen, vgen.kernels, vgen.samplers.orders, vgen.tokenizers_vis;"
+        "assert vgen.__path__[0].endswith('/vgen') and vgen.Canvas and __version__ == vgen.__version__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
+    said = subprocess.run([sys.executable, "-m", "vgen", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert said.stdout.startswith("vgen ") and said.returncode == 0, said.stderr
+
+
+def test_extras_hold_only_what_is_imported():
+    """Every package of an extra is imported somewhere (dev: by the tests, or it is a tool)."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {"beautifulsoup4": "bs4"}
+    tools = {"pytest", "ruff", "mypy"}
+    source = "\n".join(path.read_text() for _, path in modules())
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for extra, requirements in extras.items():
+        for requirement in requirements:
+            package = requirement.split(">")[0]
+            wanted = names.get(package, package)
+            assert package in tools or wanted in (source if extra != "dev" else source + tests), f"[{extra}] {package}"
