@@ -214,7 +214,9 @@ class Noise(Protocol):
 class Guidance(Protocol):
     """How the guidance rows of a batch are mixed. rows: names of the conditions, 'cond' first."""
 
-    rows: tuple[str, ...]
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the conditions."""
 
     def weights(self, step: Step) -> tuple[float, ...]:
         """One weight per row; the mixed prediction is their weighted sum unless `mix` says otherwise."""

@@ -88,6 +88,7 @@ def test_import_is_lazy():
 def test_public_names_resolve():
     import vgen
 
+    assert set(vgen.__all__) == {"__version__", *vgen._LAZY}
     for name in vgen.__all__:
         assert getattr(vgen, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -117,3 +118,14 @@ def test_extras_hold_only_what_is_imported():
             package = requirement.split(">")[0]
             wanted = names.get(package, package)
             assert package in tools or wanted in (source if extra != "dev" else source + tests), f"[{extra}] {package}"
+
+
+def test_one_version_is_named_everywhere():
+    import yaml
+
+    import vgen
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project["version"] == citation["version"] == vgen.__version__ and project["license"] == citation["license"]
+    assert f"## {vgen.__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -31,7 +31,30 @@ _LAZY = {
     "register_system": "vgen.train.config",
 }
 
-__all__ = ["__version__", *_LAZY]
+# A list, not made of _LAZY: type checkers read it.
+__all__ = [
+    "AnyOrderModel",
+    "Canvas",
+    "ClassifierFree",
+    "DiffusionChoice",
+    "FlowChoice",
+    "PhiloxNoise",
+    "TokenChoice",
+    "UnifiedPipeline",
+    "VQModel",
+    "VgenError",
+    "VisualPipeline",
+    "Vocabulary",
+    "__version__",
+    "decode",
+    "load",
+    "load_tokenizer",
+    "make_order",
+    "register_model",
+    "register_order",
+    "register_system",
+    "register_tokenizer",
+]
 
 if TYPE_CHECKING:
     from vgen.convert.load import load, load_tokenizer

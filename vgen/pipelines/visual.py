@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 ENCODED = (
     1024  # prompts that a frozen text encoder turns into features at a time: of FLAN-T5-XL they take half a GB to 1 GB
 )
-Images = list[Image.Image] | np.ndarray | Tensor  # by `output_type`: see OUTPUTS
+Images: TypeAlias = list[Image.Image] | np.ndarray | Tensor  # by `output_type`: see OUTPUTS
 
 
 @dataclass
