@@ -175,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="precision of all parts (default float32, a text encoder as it was trained with)",
+        help="precision of all parts (default float32, a text encoder as it was trained with); noise is drawn in float32 always",
     )
     machine.add_argument(
         "--compile", action="store_true", help="torch.compile the transformer blocks (pays off for many pictures)"
