@@ -15,6 +15,7 @@ DIRECTION = [
     "vgen.values",
     "vgen.plugins",
     "vgen.files",
+    "vgen.exports",
     "vgen.saved",
     "vgen.sizes",
     "vgen.yaml12",

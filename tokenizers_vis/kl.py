@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError
+from vgen.exports import Exported
 from vgen.layers.conv import Decoder, Encoder
 from vgen.layers.taming import rename_taming, taming_facts
 from vgen.sizes import NamedSizes
@@ -59,7 +60,7 @@ class KLOutput:
     posterior: DiagonalGaussian
 
 
-class KLModel(NamedSizes, LatentTokenizer, ModelMixin, ConfigMixin):
+class KLModel(NamedSizes, LatentTokenizer, Exported, ModelMixin, ConfigMixin):
     """Convolutional encoder to a diagonal Gaussian, and decoder. Tokens are the latents times `scale`: [B, N, C].
 
     ch: base width; ch_mult: width multipliers, finest level first; num_res_blocks: per level (one more in the decoder);

@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
+from vgen.exports import Exported
 from vgen.layers.conv import group_norm
 from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
@@ -167,7 +168,7 @@ class VQGANOutput:
     quantized: Quantized
 
 
-class MaskGITVQGAN(NamedSizes, CodeTokenizer, ModelMixin, ConfigMixin):
+class MaskGITVQGAN(NamedSizes, CodeTokenizer, Exported, ModelMixin, ConfigMixin):
     """Encoder, codebook, decoder. Keys and values equal the published file.
 
     hidden_channels: base width; channel_mult: width multipliers, finest level first; num_res_blocks: per level;

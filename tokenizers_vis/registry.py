@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgen.errors import VgenError, nearest
+from vgen.exports import without_auto_map
 from vgen.plugins import known, register_class
 from vgen.saved import WEIGHTS, has_model, open_saved, read_json
 
@@ -85,7 +86,7 @@ def find_tokenizer(folder: str | Path) -> Path:
 
 def saved_config(folder: str | Path) -> dict[str, Any]:
     """What the tokenizer saved in `folder` (see `find_tokenizer`) was made with: its class and constructor arguments, no versions."""
-    config = read_json(find_tokenizer(folder) / "config.json")
+    config = without_auto_map(read_json(find_tokenizer(folder) / "config.json"))
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
 
 

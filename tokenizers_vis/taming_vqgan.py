@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError
+from vgen.exports import Exported
 from vgen.layers.conv import Decoder, Encoder
 from vgen.layers.taming import rename_taming, taming_facts
 from vgen.sizes import NamedSizes
@@ -76,7 +77,7 @@ class GumbelCodebook(nn.Module):
         return Quantized(chosen, rearrange(indices, "b h w -> b (h w)"))
 
 
-class TamingVQGAN(NamedSizes, CodeTokenizer, ModelMixin, ConfigMixin):
+class TamingVQGAN(NamedSizes, CodeTokenizer, Exported, ModelMixin, ConfigMixin):
     """Encoder, codebook, decoder; any sides that are multiples of the downsampling.
 
     ch: base width; ch_mult: width multipliers, finest level first; num_res_blocks: per level (one more in the decoder);

@@ -20,6 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from vgen.errors import VgenError, nearest
+from vgen.exports import Exported
 from vgen.samplers.types import Grid
 from vgen.tokenizers_vis.base import check_tokens
 from vgen.tokenizers_vis.latents.dimensionwise import DimensionwiseQuantizer
@@ -29,7 +30,7 @@ from vgen.tokenizers_vis.registry import class_families, tokenizer_class
 SIZES: dict[str, dict[str, Any]] = {"kl-16-6bit": {"family": "kl", "bits": 6}}
 
 
-class TokenBridge(ModelMixin, ConfigMixin):
+class TokenBridge(Exported, ModelMixin, ConfigMixin):
     """A continuous tokenizer and a dimension-wise quantizer behind it. `quantize` makes one from a trained tokenizer.
 
     family: of the continuous tokenizer, in `registry.TOKENIZERS`; continuous: its constructor's arguments; bits: per channel;

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError
+from vgen.exports import Exported
 from vgen.layers.conv import Decoder, Encoder
 from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import CodeTokenizer, TokenSpec
@@ -58,7 +59,7 @@ class VQOutput:
     quantized: Quantized
 
 
-class VQModel(NamedSizes, CodeTokenizer, ModelMixin, ConfigMixin):
+class VQModel(NamedSizes, CodeTokenizer, Exported, ModelMixin, ConfigMixin):
     """Encoder, L2-normalised codebook, decoder. Keys and values equal the published files.
 
     ch: base width; *_ch_mult: width multipliers, finest level first; num_res_blocks: per level; z_channels: width between the

@@ -70,8 +70,7 @@ def atomic_folder(path: str | Path, kind: str = "model") -> Iterator[Path]:
     os.chmod(temporary, 0o777 & ~_umask())
     try:
         yield temporary
-        mark = {"what": f"written by vgen, which may replace this {kind}", "kind": kind, "files": _names(temporary)}
-        (temporary / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
+        _write_mark(temporary, kind, _names(temporary))
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
@@ -82,6 +81,34 @@ def atomic_folder(path: str | Path, kind: str = "model") -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def marked(folder: Path, kind: str) -> Iterator[None]:
+    """Marks what the block writes in `folder`, which exists, beside what a mark of this kind has already. Other files stay foreign."""
+
+    def states() -> dict[str, tuple[int, int, int]]:
+        found = ((name, (folder / name).lstat()) for name in _names(folder))
+        return {name: (state.st_ino, state.st_mtime_ns, state.st_size) for name, state in found}
+
+    before, known = states(), ours(folder, kind)
+    yield
+    after = states()
+    _write_mark(folder, kind, sorted(name for name in after if name in known or before.get(name) != after[name]))
+
+
+def ours(folder: Path, kind: str) -> set[str]:
+    """The names in a folder that vgen wrote there as (part of) a `kind`, by its mark."""
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        return {MARK, *mark["files"]} if mark["kind"] == kind else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return _before_marks(folder, kind)
+
+
+def _write_mark(folder: Path, kind: str, names: list[str]) -> None:
+    mark = {"what": f"written by vgen, which may replace this {kind}", "kind": kind, "files": names}
+    (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
 
 
 def check_folder(path: str | Path, kind: str = "model") -> None:
@@ -115,12 +142,8 @@ def foreign_files(folder: str | Path, kind: str) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        ours = {MARK, *mark["files"]} if mark["kind"] == kind else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = _before_marks(folder, kind)
-    return [name for name in _names(folder) if name not in ours]
+    found = ours(folder, kind)
+    return [name for name in _names(folder) if name not in found]
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -226,7 +249,8 @@ def _before_marks(folder: Path, kind: str) -> set[str]:
             config = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if not isinstance(config, dict) or config.get("_class_name") not in _CLASSES_BEFORE_MARKS:
+        kind_of = config.get("_class_name") if isinstance(config, dict) else None
+        if not isinstance(kind_of, str) or kind_of not in _CLASSES_BEFORE_MARKS:
             return set()
         if config["_class_name"] == "VQModel" and "encoder_ch_mult" not in config:  # diffusers has a VQModel too
             return set()

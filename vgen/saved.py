@@ -119,7 +119,7 @@ def check_saved(
     if found != kind.__name__:
         raise VgenError(f"{folder} holds a {found}, expected {kind.__name__}; name the folder of such a model")
     known = inspect.signature(kind.__init__).parameters
-    unknown = [name for name in config if not name.startswith("_") and name not in known]
+    unknown = [name for name in config if not name.startswith("_") and name not in (*known, "auto_map")]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         raise VgenError(
             f"{folder / 'config.json'} has {', '.join(unknown)}, which this vgen's {kind.__name__} does not know; a newer vgen "

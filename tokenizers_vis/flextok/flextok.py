@@ -27,6 +27,7 @@ from torch import Tensor
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError
+from vgen.exports import Exported
 from vgen.samplers.flow import FlowGuidance, ProjectedGuidance, euler, even_times
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.types import Grid
@@ -60,7 +61,7 @@ SIZES: dict[str, dict[str, Any]] = {
 Noise = Tensor | PhiloxNoise | None
 
 
-class FlexTok(NamedSizes, ModelMixin, ConfigMixin):
+class FlexTok(NamedSizes, Exported, ModelMixin, ConfigMixin):
     """VAE, register encoder, quantizer and flow decoder. Keys and values equal the published files.
 
     vae_family: of the tokenizer of Gaussian latents below, in `registry.TOKENIZERS` (None: the maps are the pixels);

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError
+from vgen.exports import Exported
 from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import LatentTokenizer, TokenSpec
 from vgen.tokenizers_vis.latents.posterior import DiagonalGaussian
@@ -36,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-class FlexTokVAE(NamedSizes, LatentTokenizer, ModelMixin, ConfigMixin):
+class FlexTokVAE(NamedSizes, LatentTokenizer, Exported, ModelMixin, ConfigMixin):
     """AutoencoderKL with scaled latents.
 
     latent_channels: C; block_out_channels: width of every level, finest first (each level but the last halves the sides);

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError
+from vgen.exports import Exported
 from vgen.layers.pixels import centre_square, to_pixels
 from vgen.samplers.types import Grid
 from vgen.sizes import NamedSizes
@@ -77,7 +78,7 @@ class MingTokOutput:
         return self.latents[:, :-1]
 
 
-class MingTok(NamedSizes, ModelMixin, ConfigMixin):
+class MingTok(NamedSizes, Exported, ModelMixin, ConfigMixin):
     """Encoder, semantic decoder, pixel decoder. Keys and values equal the published file.
 
     image_size: pixels per side at which the encoder's positions are not interpolated; patch_size: pixels per side of a

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import read_state_dict
 from vgen.errors import VgenError
+from vgen.exports import Exported
 from vgen.tokenizers_vis.base import TokenSpec
 from vgen.tokenizers_vis.latents.quantizers import Quantized, VectorQuantizer
 from vgen.tokenizers_vis.maskgit_vqgan import Codebook
@@ -40,7 +41,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class TiTokLegacy(DiscreteTiTok, ModelMixin, ConfigMixin):
+class TiTokLegacy(DiscreteTiTok, Exported, ModelMixin, ConfigMixin):
     """Transformer encoder, codebook of unit vectors, transformer decoder to proxy codes, convolutional decoder to pixels.
 
     image_size to usage_window: as in `TiTokVQ`; proxy_codes: K; pixel_width, pixel_mult, pixel_blocks, pixel_channels,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vgen.checkpoints import load_exactly, read_state_dict
 from vgen.errors import VgenError
+from vgen.exports import Exported
 from vgen.samplers.types import Grid
 from vgen.sizes import NamedSizes
 from vgen.tokenizers_vis.base import LatentTokenizer, TokenSpec, check_latents, check_pixels, check_tokens, refuse_steps
@@ -157,7 +158,7 @@ class DiscreteTiTok(TiTok):
         return rearrange(self.quantize.lookup(tokens), "b n c -> b c 1 n")
 
 
-class TiTokVQ(DiscreteTiTok, ModelMixin, ConfigMixin):
+class TiTokVQ(DiscreteTiTok, Exported, ModelMixin, ConfigMixin):
     """Transformer encoder, codebook, transformer decoder to pixels.
 
     image_size: side of the pictures, the only one it takes; *_patch_size: side of a patch; *_shape: (width, layers, heads);
@@ -208,7 +209,7 @@ class TiTokVQ(DiscreteTiTok, ModelMixin, ConfigMixin):
         return self.decoder.conv_out.weight
 
 
-class TiTokVAE(TiTok, LatentTokenizer, ModelMixin, ConfigMixin):
+class TiTokVAE(TiTok, LatentTokenizer, Exported, ModelMixin, ConfigMixin):
     """Transformer encoder to a diagonal Gaussian, transformer decoder to pixels. Tokens are the latents times `scale`: [B, N, C].
 
     scale: what latents are multiplied with to have a standard deviation of about 1; the rest as in `TiTokVQ`.

@@ -14,13 +14,14 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from vgen.errors import VgenError
+from vgen.exports import Exported
 from vgen.models.conditions.base import Conditions
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.types import Canvas, Condition, Grid, Prediction, State, Step, as_grid
 
 
-class Generator:
+class Generator(Exported):
     """A model that makes visual tokens from a condition. Families inherit it, and then diffusers' `ModelMixin` and `ConfigMixin`.
 
     These two are named by every family itself, because diffusers looks for them among the names of a component's module.

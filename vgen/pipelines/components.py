@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vgen.errors import VgenError, first_line, nearest
+from vgen.exports import PIPELINE_FILE, without_auto_map
 from vgen.models.registry import GENERATORS
 from vgen.plugins import known
 from vgen.saved import AGAIN, open_saved, read_json
@@ -60,7 +61,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         )
     index = read_json(folder / INDEX)
     found = index.get("_class_name")
-    if found != "VisualPipeline":
+    if found not in ("VisualPipeline", [PIPELINE_FILE, "VisualPipeline"]):
         raise VgenError(
             f"{folder / INDEX} describes a {found}, expected a VisualPipeline; vgen opens its own pipelines only"
         )
@@ -92,12 +93,6 @@ def component_names(index: dict[str, Any], source: str | Path) -> dict[str, tupl
     return names
 
 
-def names_moved_modules(folder: str | Path) -> bool:
-    """Whether the index in `folder` was written when a module that it names lay elsewhere (MOVED)."""
-    index = read_index(folder)
-    return any(index[role][0] in MOVED for role in ROLES)
-
-
 def component_class(module: str, name: str) -> Any:
     """A class of a module of `component_modules` (see `component_names`). VgenError: the module has no model of this name."""
     found = getattr(importlib.import_module(module), name, None)
@@ -106,17 +101,50 @@ def component_class(module: str, name: str) -> Any:
     return found
 
 
+class Component:
+    """What diffusers' AutoModel finds in the folder of a model of vgen (see vgen/exports.py): opens it as what its config says."""
+
+    @staticmethod
+    def kind(config: Mapping[str, Any]) -> Any:
+        """The class of a config. VgenError: it is none of vgen's nor of a plug-in that is loaded."""
+        found = config.get("_class_name")
+        table = {name: module for module, name in (*TOKENIZERS.values(), *GENERATORS.values())}
+        if found not in table:
+            raise VgenError(
+                f"{found} is no model of vgen{nearest(str(found), table)}; if it is of a plug-in, import that first"
+            )
+        return component_class(table[found], found)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, subfolder: str | None = None, **options: Any) -> Any:
+        """As diffusers' models; a folder must be whole (`open_saved`)."""
+        folder = Path(path) / (subfolder or "")
+        if folder.is_dir():
+            return open_saved(cls.kind(read_json(folder / "config.json")), folder, **options)
+        from huggingface_hub import hf_hub_download
+
+        hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+        kind = cls.kind(read_json(hf_hub_download(str(path), "config.json", subfolder=subfolder, **hub)))
+        return kind.from_pretrained(path, subfolder=subfolder, **options)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **options: Any) -> Any:
+        """As diffusers' models: with fresh weights."""
+        return cls.kind(config).from_config(config, **options)
+
+
 def parts_of(
     folder: str | Path, kind: type, given: Mapping[str, Any] | None = None, torch_dtype: Any = None, **options: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings and opened components of the pipeline in `folder`, for the class `kind`; only the modules that it names are imported.
 
-    given: components by role, which are not opened. torch_dtype: one, or one per role (and 'default'). options: of `from_pretrained`.
+    given: components by role, which are not opened. torch_dtype (also dtype): one, or one per role (and 'default'). options: of `from_pretrained`.
     VgenError: a folder that is not whole (see `read_index`, `open_saved`), or settings that `kind` does not have.
     """
     index, given = read_index(folder), given or {}
+    torch_dtype = options.pop("dtype", torch_dtype)
     known = inspect.signature(kind.__init__).parameters
-    settings = {name: value for name, value in index.items() if not name.startswith("_") and name not in ROLES}
+    settings = {n: value for n, value in without_auto_map(index).items() if not n.startswith("_") and n not in ROLES}
     if newer := [name for name in settings if name not in known]:
         raise VgenError(
             f"{folder} has the settings {', '.join(newer)}, which this vgen does not know; a newer vgen wrote it: update vgen"

@@ -189,6 +189,9 @@ class Sampler(ConfigMixin):
         move_encoder(self.model, device, dtype)
         return self
 
+    def wake(self, part: ModelMixin) -> None:
+        """Called before a part works, for pipelines that keep parts off the accelerator."""
+
     @property
     def grids(self) -> tuple[Grid, ...]:
         """The levels of a canvas, coarse first; most models have one."""
@@ -310,6 +313,7 @@ class Sampler(ConfigMixin):
         if any(given is not None for given in (init_image, mask, outpaint)):
             from vgen.pipelines.inpainting import read_painting  # it imports torchvision, which only pictures need
 
+            self.wake(self.tokenizer)
             painting = read_painting(self.tokenizer, self.grids, init_image, mask, outpaint)
         shape = self._shape(size)
         vocabulary = self.model.vocabulary
@@ -366,6 +370,7 @@ class Sampler(ConfigMixin):
         progress: bool,
     ) -> Batch:
         """Decodes the pictures of these numbers [B]."""
+        self.wake(self.model)
         canvas = self._canvas(samples, painting)
         conditions = [condition] if len(guidance.rows) == 1 else [condition, self.model.null(condition)]
         state = self.model.start(conditions, canvas)
@@ -463,7 +468,8 @@ class Sampler(ConfigMixin):
         values = tokens if len(self.grids) == 1 else Canvas(self.grids, tokens).part(level).values
         samples = torch.arange(len(tokens)) if samples is None else samples
         options = {"samples": samples, "seed": seed, "condition": caption, **self._shape(size)}
-        return to_images(decode_each(self.tokenizer, values.to(self.device), self.grids[level], **options))
+        self.wake(self.tokenizer)
+        return to_images(decode_each(self.tokenizer, values.to(self.tokenizer.device), self.grids[level], **options))
 
     def picture_size(self, size: Sequence[int] | None = None) -> tuple[int, int]:
         """(height, width) in pixels of the pictures that a call with this `size` makes."""
@@ -565,8 +571,9 @@ class Sampler(ConfigMixin):
     def _canvas(self, samples: Tensor, painting: Painting | None) -> Canvas:
         canvas = self.model.canvas(samples)
         if painting is not None:
-            canvas.values[:, painting.stays] = painting.tokens[painting.stays].to(canvas.values.dtype)
-            canvas.known[:, painting.stays] = True
+            stays = painting.stays.to(canvas.known.device)
+            canvas.values[:, stays] = painting.tokens[painting.stays].to(canvas.values)
+            canvas.known[:, stays] = True
         return canvas
 
 

@@ -178,13 +178,12 @@ class SavesVocabulary:
     A model with a config entry `conditioning` has a `Vocabulary` when that is "words", a model without the entry always.
     """
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As diffusers, plus `vocabulary.json` and `classes.json`."""
-        super().save_pretrained(save_directory, **kwargs)
+    def save_beside(self, folder: Path) -> None:
+        """`vocabulary.json` and `classes.json`."""
         if isinstance(self.vocabulary, Vocabulary):
-            self.vocabulary.save(save_directory)
+            self.vocabulary.save(folder)
         if self.vocabulary is not None and self.vocabulary.class_names:
-            save_names(save_directory, self.vocabulary.class_names)
+            save_names(folder, self.vocabulary.class_names)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:

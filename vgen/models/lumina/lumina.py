@@ -230,11 +230,10 @@ class LuminaModel(Generator, ModelMixin, ConfigMixin):
         self.vocabulary = LuminaPrompts.load(paths["tokenizer"] / WORDS, self.grid)
         self.image_ids = image_token_ids(paths["tokenizer"] / WORDS, self.config.codes)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As diffusers, plus Chameleon's words."""
-        super().save_pretrained(save_directory, **kwargs)
+    def save_beside(self, folder: Path) -> None:
+        """Chameleon's words."""
         if self.vocabulary is not None:
-            self.vocabulary.tokenizer.save(str(Path(save_directory) / WORDS))
+            self.vocabulary.tokenizer.save(str(folder / WORDS))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LuminaModel:

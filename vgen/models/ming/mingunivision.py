@@ -211,11 +211,10 @@ class MingUniVision(Generator, ModelMixin, ConfigMixin):
             )
         return self.prompts
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As diffusers, plus the text tokenizer where it can be saved."""
-        super().save_pretrained(save_directory, **kwargs)
+    def save_beside(self, folder: Path) -> None:
+        """The text tokenizer where it can be saved."""
         if self.prompts is not None and hasattr(self.prompts.tokenizer, "save"):
-            self.prompts.tokenizer.save(str(Path(save_directory) / WORDS))
+            self.prompts.tokenizer.save(str(folder / WORDS))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MingUniVision:
