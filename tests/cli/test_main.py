@@ -31,6 +31,10 @@ WITHOUT_TORCH = [
     (["train", "config.yaml", "steps=0"], 2),
     (["train", "config.yaml", "precision=off"], 2),
     (["train", "config.yaml", "seed=12:30"], 2),
+    (["train", "config.yaml", "data.path=not/there"], 2),
+    (["train", "config.yaml", "data.path=none/{000..004}.tar"], 2),
+    (["train", "config.yaml", "data.tokens=not/there"], 2),
+    (["train", "config.yaml", "out=taken"], 2),
     (["data", "info", "{000..004}.tar"], 2),
     (["tokenize", "--model", "emoji-vq", "--data", "nothing/*.tar", "--out", "x"], 2),
     (["reconstruct", "--model", "emoji-vq", "--input", "pictures", "--split", "valid"], 2),
@@ -54,6 +58,7 @@ def test_nothing_heavy_is_imported_for_help_and_refusals(tmp_path):
     (tmp_path / "pictures" / "train").mkdir(parents=True)
     (tmp_path / "pictures" / "train" / "a.png").touch()
     (tmp_path / "empty.png").touch()
+    (tmp_path / "taken" / "previews").mkdir(parents=True)  # of somebody else
     code = f"""
 import sys
 from vgen.cli.main import main

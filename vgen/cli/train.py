@@ -24,11 +24,13 @@ PLUGINS = True
 def check(args: argparse.Namespace) -> None:
     """Refuses, before torch is imported, what no look at the data is needed for."""
     from vgen.files import check_folder
-    from vgen.train.config import read_layers
+    from vgen.train.config import check_places, read_layers
 
-    read_layers(args.config, args.overrides)
+    _, file, changes = read_layers(args.config, args.overrides)
     if args.export:
         check_folder(args.export)
+    elif not args.dry_run:
+        check_places(file, changes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

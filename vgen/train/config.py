@@ -5,12 +5,15 @@ Nothing here imports torch, so that `vgen train` refuses at once what needs no l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vgen.data.splits import layout
 from vgen.errors import VgenError, nearest
+from vgen.files import check_folder
 from vgen.plugins import known, register
 from vgen.recipes import find_config
 from vgen.settings import (
@@ -45,6 +48,7 @@ SYSTEMS = {
     "tokenbridge": "vgen.train.systems.tokenbridge",
 }
 VERSION = 1
+RUN_FILES = ("config.yaml", "log.jsonl", "tensorboard", "previews", "checkpoints", "model")
 PRECISIONS = ("auto", "fp32", "bf16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "multistep")
@@ -202,3 +206,45 @@ def read_layers(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, d
     if "${" not in str(shared):
         check_common(merge(TrainConfig, *shared))
     return name, file, changes
+
+
+def check_places(file: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Raises VgenError where the run folder is not ours to write to, or the data of the config's layers is not there.
+
+    For a refusal before torch is imported: systems look closer, and at what `${…}` stands for.
+    """
+    groups = [layer["data"] for layer in (file, changes) if isinstance(layer.get("data"), Mapping)]
+    data = {key: value for group in groups for key, value in group.items()}
+    out, path, tokens = (
+        value if isinstance(value, str) and value and "${" not in value else None
+        for value in ({**file, **changes}.get("out"), data.get("path"), data.get("tokens"))
+    )
+    if out:
+        check_run_folder(Path(out))
+    if path and not Path(path).exists():
+        try:
+            layout(path)  # a pattern of shards, or the words for what is missing
+        except VgenError as error:
+            raise VgenError(f"config: data.path: {error}") from error
+    if tokens and not Path(tokens).is_dir():
+        check_token_file(Path(tokens) / f"{data.get('train_split', 'train')}.safetensors")
+
+
+def check_token_file(path: Path) -> None:
+    """Raises VgenError unless the token set is there."""
+    require(
+        path.is_file(),
+        f"data.tokens: {path} does not exist; make it with `vgen tokenize --model … --data … --out {path.parent}`",
+    )
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises VgenError where training would write over something that no training wrote."""
+    present = [name for name in RUN_FILES if os.path.lexists(folder / name)]
+    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    if present and not {"system", "version", "out"} <= config.keys():
+        raise VgenError(
+            f"{folder} holds {', '.join(present)} and no config.yaml of a vgen run, so they are not ours to replace; "
+            "nothing was changed: choose another out= folder, or move them away"
+        )
+    check_folder(folder / "model")

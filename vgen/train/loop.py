@@ -7,7 +7,6 @@ of the step, and a checkpoint holds weights, averages and optimizer states. Noth
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import threading
@@ -40,14 +39,12 @@ from vgen.train.checkpoint import (
     whole,
     whole_weights,
 )
-from vgen.train.config import TrainConfig, differences, todays_words
+from vgen.train.config import TrainConfig, check_run_folder, differences, todays_words
 from vgen.train.log import RunLog
 from vgen.train.optim import Average, learning_rate, make_optimizers
 from vgen.train.precision import MIXED, SLOWER, bf16_reason, has_bf16, resolved
 from vgen.train.seeds import derived_seed, kept_draws, step_generator
 from vgen.train.system import SYSTEMS, Loss, System, build_system
-
-RUN_FILES = ("config.yaml", "log.jsonl", "tensorboard", "previews", "checkpoints", "model")
 
 
 @dataclass(frozen=True)
@@ -431,7 +428,7 @@ def _accumulate(logs: dict[str, Tensor], loss: Loss, key: str, parts: int) -> No
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Within the block no other training can use `folder`; the processes of one training share the main one's lock."""
-    _check_run_folder(folder)
+    check_run_folder(folder)
     state, trouble = _processes(), None
     with ExitStack() as stack:
         if state.is_main_process:
@@ -445,18 +442,6 @@ def _alone(folder: Path) -> Iterator[None]:
         if refused[0]:
             raise trouble or SystemExit(2)  # one process says it
         yield
-
-
-def _check_run_folder(folder: Path) -> None:
-    """Raises VgenError where training would write over something that no training wrote."""
-    present = [name for name in RUN_FILES if os.path.lexists(folder / name)]
-    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    if present and not {"system", "version", "out"} <= config.keys():
-        raise VgenError(
-            f"{folder} holds {', '.join(present)} and no config.yaml of a vgen run, so they are not ours to replace; "
-            "nothing was changed: choose another out= folder, or move them away"
-        )
-    check_folder(folder / "model")
 
 
 def _resume_point(config: TrainConfig, allow_changes: bool) -> Checkpoint | None:

@@ -33,7 +33,7 @@ from vgen.pipelines.visual import VisualPipeline
 from vgen.samplers.types import Condition
 from vgen.settings import require, require_choice, require_not_negative, require_share
 from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer, saved_config
-from vgen.train.config import TrainConfig
+from vgen.train.config import TrainConfig, check_token_file
 from vgen.train.seeds import derived_seed
 from vgen.train.system import Loss, spread, to_dtype
 from vgen.viz.sheets import sheet
@@ -366,10 +366,7 @@ def check_generator(config: Any, system: type[GeneratorSystem]) -> TokenSetSpec:
     data = config.data
     require(bool(data.tokens), "data.tokens must name a folder written by `vgen tokenize`")
     for path in data.files:
-        require(
-            path.is_file(),
-            f"data.tokens: {path} does not exist; make it with `vgen tokenize --model … --data … --out {data.tokens}`",
-        )
+        check_token_file(path)
     if data.tokenizer is not None:
         try:
             find_tokenizer(data.tokenizer)
