@@ -16,7 +16,12 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    emoji = actions.add_parser("emoji", help="build the Fluent 3D emoji with captions, as WebDataset shards")
+    emoji = actions.add_parser(
+        "emoji",
+        help="build the Fluent 3D emoji with captions, as WebDataset shards",
+        description="Build 1,852 captioned emoji (MIT licence) as WebDataset shards, split into train and heldout. The archives "
+        "come through npm; docs/emoji.md says what is in them.",
+    )
     emoji.add_argument(
         "--out", required=True, type=Path, metavar="FOLDER", help="where the dataset goes; a rerun resumes it"
     )
@@ -30,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--archives", type=Path, metavar="FOLDER", help="folder with both npm archives (default: fetch with npm)"
     )
     emoji.set_defaults(act=_emoji)
-    info = actions.add_parser("info", help="say what a dataset holds")
+    info = actions.add_parser(
+        "info",
+        help="say what a dataset holds",
+        description="Say what training would read: pictures found, used and skipped in every split and why, classes, captions. "
+        "docs/data.md tells how they are found.",
+    )
     info.add_argument(
         "path",
         type=Path,

@@ -28,6 +28,14 @@ COMMANDS = {
     "orders": ("orders", "draw the decode orders and their number of forward passes"),
 }
 
+EPILOG = """start with
+  vgen sample                                   16 pictures by the model that comes with vgen, in outputs/samples.png
+  vgen sample --prompt ghost --order raster     another order; `vgen orders` lists all
+  vgen data info FOLDER                         what training would read of your pictures
+  vgen configs                                  what can be trained, then `vgen train NAME data.path=FOLDER out=RUN`
+  vgen COMMAND --help                           each command, with examples
+"""
+
 PLUGIN_HELP = "a module (or .py file) of yours with orders, tokenizers or models; repeatable (docs/architecture.md)"
 
 
@@ -62,7 +70,10 @@ class Parser(argparse.ArgumentParser):
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands; only the module of `command` is imported, so that `vgen --help` is instant."""
     parser = Parser(
-        prog="vgen", description="Autoregressive image and video generation: any tokenizer, any generator, any order."
+        prog="vgen",
+        description="Autoregressive image and video generation: any tokenizer, any generator, any order.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vgen {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

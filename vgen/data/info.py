@@ -97,9 +97,14 @@ def _class_lines(labels: Sequence[int], class_names: Sequence[str]) -> list[str]
 
 def _caption_lines(captions: list[str], examples: int) -> list[str]:
     given = [caption for caption in captions if caption]
-    lines = [f"captions: {len(given)} ({len(set(given))} different)"]
-    step = max(1, len(given) // max(1, examples))
-    return lines + [f"  {caption}" for caption in given[::step][:examples]]
+    if not given:
+        return ["captions: none"]
+    different = list(dict.fromkeys(given))
+    step = max(1, len(different) // max(1, examples))
+    return [
+        f"captions: {len(given)} ({len(different)} different), such as",
+        *(f"  {caption}" for caption in different[::step][:examples]),
+    ]
 
 
 def _licence_lines(manifest: Mapping[str, Any]) -> list[str]:
