@@ -216,14 +216,14 @@ def check(args: argparse.Namespace) -> None:
         read_order(args.order)
     for option in ("init_image", "mask", "prompt_file"):
         existing(f"--{option.replace('_', '-')}", getattr(args, option), "file")
-    if args.init_image or args.mask or args.outpaint:
-        from vgen.pipelines.masks import read_parts
-
-        read_parts(args.init_image, args.mask, args.outpaint)
     writable_file("--trace", args.trace, (".gif", ".webp"))
     inputs = {path.resolve() for path in (args.init_image, args.mask, args.prompt_file, args.trace) if path}
     if Path(args.out).resolve() in inputs:
         raise VgenError(f"--out {args.out} is one of the other files of this command; give another name")
+    if args.init_image or args.mask or args.outpaint:
+        from vgen.pipelines.masks import read_parts
+
+        read_parts(args.init_image, args.mask, args.outpaint)
     args.prompts = _prompts(args)  # once: a pipe (--prompt-file <(…)) gives its lines to the first who reads
     _destination(args)
 
