@@ -301,6 +301,8 @@ MENTIONS = sorted(
     }
 )
 EXPORTED = {f"{read_yaml(path)['out']}/model" for path in CONFIGS}
+# …and what the trainings of the texts write with a setting of their own.
+EXPORTED |= {f"{out}/model" for _, text, _ in MENTIONS for out in re.findall(r"^vgen train .*\bout=(\S+)", text)}
 
 
 @pytest.mark.parametrize(("place", "text", "whole"), MENTIONS)
