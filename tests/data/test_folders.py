@@ -104,3 +104,10 @@ def test_nothing_usable_says_why(tmp_path):
         VgenError, match=r"split val of .* holds no pictures.*1 skipped: text that is not UTF-8, such as 2\.png"
     ):
         open_data(tmp_path)
+
+
+def test_captions_of_taggers(tmp_path):
+    put(tmp_path, {f"{n}.png": PNG for n in range(3)} | {"0.caption": "0.caption", "1.txt": "1.txt", "1.caption": "no"})
+    data = open_data(tmp_path)
+    assert [sample.caption for sample in data.source("train").samples] == ["0.caption", "1.txt", ""]
+    assert "captions from .caption files, .txt files" in str(data.report)

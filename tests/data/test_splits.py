@@ -1,5 +1,6 @@
 """Which split shards and folders belong to."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -253,3 +254,23 @@ def test_what_systems_leave_behind_is_no_class(tmp_path):
     data = open_data(tmp_path)
     assert data.source("train").keys == ["cat/1"] and data.source("train").class_names == ("cat",)
     assert "__MACOSX/ is not read" in str(data.report)
+
+
+def test_two_splits_are_never_the_same_data(tmp_path):
+    """By links: held-out figures would be those of training pictures."""
+    put(tmp_path, {"folders/all/0.png": PNG, "folders/all/1.png": PNG})
+    shards(tmp_path / "shards", "train-0.tar")
+    for root, source, names in (("folders", "all", ("train", "val")), ("shards", "train-0.tar", ("val-0.tar",))):
+        for name in names:
+            (tmp_path / root / name).symlink_to(source)
+        with pytest.raises(
+            VgenError, match=r"train\S* and val\S* are the same data \(by a link\), so val would measure"
+        ):
+            layout(tmp_path / root)
+
+
+def test_a_packed_shard_is_called_so(tmp_path):
+    shards(tmp_path, "train-0.tar")
+    (tmp_path / "packed.tar").write_bytes(gzip.compress((tmp_path / "train-0.tar").read_bytes()))
+    with pytest.raises(VgenError, match=r"packed\.tar is compressed \(gzip\).*: unpack it"):
+        open_data(tmp_path / "packed.tar")

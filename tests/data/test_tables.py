@@ -149,7 +149,7 @@ def test_metadata_of_another_kind_is_no_caption_table(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"captions.csv": "name;words\n"}, "needs the columns file and caption, found name;words"),
+        ({"captions.csv": "name;words\n"}, "needs the columns file and caption, found 'name;words'"),
         ({"captions.jsonl": '{"file": "a.png"}\n'}, "must be"),
         ({"metadata.jsonl": '{"file_name": "a.png", "text": "x"}\n{"file_name"\n'}, "line 2: JSON that cannot be read"),
         (
@@ -164,3 +164,28 @@ def test_bad_tables(tmp_path, files, message):
     put(tmp_path, {"a.png": PNG, **files})
     with pytest.raises(VgenError, match=message):
         open_data(tmp_path)
+
+
+def test_captions_that_lose_against_others_are_named(tmp_path):
+    put(
+        tmp_path,
+        {
+            **{f"{number}.png": PNG for number in range(2)},
+            "captions.csv": "file_name,text\n0.png,zero\n1.png,one\n",
+            "metadata.jsonl": '{"file_name": "0.png", "text": "nought"}\n',
+            "0.txt": "null",
+        },
+    )
+    data = open_data(tmp_path)
+    assert [sample.caption for sample in data.source("train").samples] == ["zero", "one"]
+    assert "the captions of metadata.jsonl are not used: captions.csv has some for the same pictures" in str(
+        data.report
+    )
+    assert "1 caption files beside the pictures are not read: captions.csv has the captions" in str(data.report)
+
+
+def test_a_table_of_other_columns_is_one_line(tmp_path):
+    put(tmp_path, {"0.png": PNG, "captions.csv": '"not closed\n0.png,x\n'})
+    with pytest.raises(VgenError) as error:
+        open_data(tmp_path)
+    assert "found 'not closed\\n0.png,x\\n'" in str(error.value) and "\n" not in str(error.value)

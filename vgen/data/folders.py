@@ -1,7 +1,7 @@
 """Samples of image folders.
 
 Class: the first subfolder. Caption: what the tables say (`vgen.data.tables`) where they name any picture of the split; else the
-sidecar `NAME.txt`, else `NAME.json` (its field caption or text). Aesthetic score: `aesthetic_score` of `NAME.json`.
+sidecar `NAME.txt`, else `NAME.caption`, else `NAME.json` (its field caption or text). Aesthetic score: `aesthetic_score` of `NAME.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from vgen.data.tables import Table, read_tables, tidy
 from vgen.data.text import BadFile, aesthetic_in, caption_in, read_record, read_text, whole_text
 from vgen.data.tree import OTHER_PICTURES, files_below, is_picture
 from vgen.errors import VgenError
+
+TEXTS = (".txt", ".caption")  # the second: what the taggers of fine-tuning tools write
 
 
 def read_folders(where: Layout) -> tuple[dict[str, list[Sample]], dict[str, Tally], list[str]]:
@@ -61,8 +63,11 @@ def _samples(where: Layout, folder: Path, names: Sequence[str], tables: Sequence
         tally.notes.append(f"{len(parts)} folders of img2dataset, such as {min(parts)}/, are no classes")
     from_root = dict(zip(pictures, map(tidy, _from_root(where.root, folder, pictures))))
     used = [table for table in tables if table.names(from_root.values())]
-    sidecars = {_lower_suffix(name): name for name in names if name.lower().endswith((".txt", ".json"))}
+    sidecars = {_lower_suffix(name): name for name in names if name.lower().endswith((*TEXTS, ".json"))}
     stems = Counter(_stem(name) for name in pictures)
+    texts = sum(f"{stem}{suffix}" in sidecars for stem in stems for suffix in TEXTS)
+    if used and texts:
+        tally.notes.append(f"{texts} caption files beside the pictures are not read: {used[0].name} has the captions")
     samples = []
     # A bar for those who wait: a million sidecars on a slow disk take minutes.
     for name in tqdm(pictures, desc="reading captions", unit="picture", delay=2, leave=False, disable=None):
@@ -85,6 +90,11 @@ def _samples(where: Layout, folder: Path, names: Sequence[str], tables: Sequence
                 aesthetic=aesthetic_in(record),
             )
         )
+    tally.notes += [
+        f"the captions of {table.name} are not used: {used[0].name} has some for the same pictures"
+        for table in used
+        if not tally.captions_from[table.name] and any(map(table.caption, from_root.values()))
+    ]
     return samples
 
 
@@ -94,9 +104,11 @@ def _caption(name: str, tables: Sequence[Table]) -> tuple[str, str]:
 
 
 def _sidecar(folder: Path, stem: str, sidecars: Mapping[str, str], record: Mapping) -> tuple[str, str]:
-    text = sidecars.get(f"{stem}.txt")
-    caption = whole_text(read_text((folder / text).read_bytes())).strip() if text else ""
-    return (caption, ".txt files") if caption else (caption_in(record), ".json files")
+    for suffix in TEXTS:
+        text = sidecars.get(f"{stem}{suffix}")
+        if text and (caption := whole_text(read_text((folder / text).read_bytes())).strip()):
+            return caption, f"{suffix} files"
+    return caption_in(record), ".json files"
 
 
 def _record(folder: Path, name: str | None) -> dict:

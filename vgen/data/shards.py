@@ -86,9 +86,16 @@ def read_index(shard: Path) -> list[ShardSample]:
                 repeated[key] += extension.lower() in members
                 members[extension.lower()] = spans[member.name]
     except (tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(error, tarfile.TarError) and _starts_with(shard, b"\x1f\x8b"):
+            raise VgenError(f"{shard} is compressed (gzip), and shards are read at any place: unpack it") from error
         raise VgenError(f"{shard} is not an intact tar shard ({error}): build or download it again") from error
     end = max((span.offset + span.size for members in samples.values() for span in members.values()), default=0)
     # tarfile takes a file that was cut between two members for a whole one: only the zero block behind the last member is missing.
     if samples and shard.stat().st_size < -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE:
         raise VgenError(f"{shard} is not an intact tar shard (its end is missing): build or download it again")
     return [ShardSample(key, members, repeated[key]) for key, members in samples.items()]
+
+
+def _starts_with(file: Path, mark: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(mark)) == mark

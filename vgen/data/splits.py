@@ -50,6 +50,20 @@ def layout(path: str | Path) -> Layout:
 
     No picture is opened. Raises VgenError when there is nothing to read, or when it cannot be told what belongs to which split.
     """
+    found = _laid_out(path)
+    owners: dict[Path, tuple[str, Path]] = {}
+    for split, parts in found.parts.items():
+        for part in parts:
+            other, twin = owners.setdefault(part.resolve(), (split, part))
+            if other != split:
+                raise VgenError(
+                    f"{path}: {twin.name} and {part.name} are the same data (by a link), so {split} would measure what {other} "
+                    "holds: give each split pictures of its own"
+                )
+    return found
+
+
+def _laid_out(path: str | Path) -> Layout:
     place = Path(path)
     if place.is_dir():
         shards = _shards_in(place)

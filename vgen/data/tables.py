@@ -99,7 +99,7 @@ def _rows_of_csv(contents: bytes, required: bool) -> Iterator[tuple[str, str]] |
         if file is not None and captions:
             return ((row[file], _first(row, captions)) for row in rows if row[file])
     if required:
-        found = ", ".join(next(csv.reader(io.StringIO(text, newline="")), [])) or "none"
+        found = ", ".join(map(repr, next(csv.reader(io.StringIO(text, newline="")), []))) or "none"
         raise BadFile(f"needs the columns file and caption, found {found}")
     return None
 
