@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", metavar="key=value", nargs="*", default=[], help="settings that replace those of the file"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the resolved config and parameter counts"
+        "--dry-run",
+        action="store_true",
+        help="check what is there, print the resolved config and parameter counts; data may be missing yet",
     )
     parser.add_argument(
         "--allow-changes", action="store_true", help="continue a run although settings that change its weights differ"
@@ -68,10 +70,11 @@ def run(args: argparse.Namespace) -> None:
     from vgen.train.loop import describe, export_checkpoint, train
     from vgen.train.system import load_config
 
-    config = load_config(args.config, args.overrides)
     if args.dry_run:
-        print(describe(config))
-    elif args.export:
+        print(describe(args.config, args.overrides))
+        return
+    config = load_config(args.config, args.overrides)
+    if args.export:
         checkpoint = export_checkpoint(config, args.checkpoint, args.export, args.dtype)
         print(f"wrote the model of step {checkpoint.step} to {args.export}")
     else:

@@ -115,6 +115,7 @@ class TrainConfig:
 FREE_FIELDS = frozenset(
     {"threads", "log_every", "preview_every", "evaluate_every", "checkpoint_every", "checkpoint_minutes", "keep"}
     | {"time_limit_minutes", "tensorboard", "out", "data.held_out_split"}
+    | {f"data.shape.{name}" for name in ("grid", "codes", "channels", "low_grid", "conditions", "code_channels")}
 )
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,19 @@ from vgen.train.checkpoint import (
     whole,
     whole_weights,
 )
-from vgen.train.config import TrainConfig, check_run_folder, differences, todays_words
+from vgen.train.config import (
+    TrainConfig,
+    check_common,
+    check_run_folder,
+    differences,
+    read_layers,
+    todays_words,
+)
 from vgen.train.log import RunLog
 from vgen.train.optim import Average, learning_rate, make_optimizers
 from vgen.train.precision import MIXED, SLOWER, bf16_reason, has_bf16, resolved
 from vgen.train.seeds import derived_seed, kept_draws, step_generator
-from vgen.train.system import SYSTEMS, Loss, System, build_system
+from vgen.train.system import SYSTEMS, Loss, System, build_system, load_config, system_module
 
 
 @dataclass(frozen=True)
@@ -373,12 +380,26 @@ def _train(config: TrainConfig, allow_changes: bool) -> Summary:
     return Summary(folder, done, finished, seconds, trainer.figures, model, exit_code)
 
 
-def describe(config: TrainConfig) -> str:
-    """The resolved config as YAML and the parameter counts; the data is opened, nothing is trained or written."""
-    config = resolved(config, _processes().device)
-    system = build_system(config, torch.device("cpu"))
-    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in system.networks.items()}
-    return "\n".join([to_yaml(config).rstrip(), *(f"# {name}: {count:,} parameters" for name, count in counts.items())])
+def describe(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """A config, checked and resolved, as YAML, and the parameter counts; nothing is trained or written.
+
+    What it names is opened where it is there. Where data or weights are not there yet, the networks are made of the config alone and
+    the last line says what was not looked at.
+    """
+    name, *layers = read_layers(path, overrides)
+    module = system_module(name)
+    sketched = merge(module.Config, *layers)
+    check_common(sketched)
+    absent = module.missing(sketched) if hasattr(module, "sketch") else []
+    if absent:
+        config, networks = sketched, module.sketch(sketched)
+        end = [f"# not there yet, so not checked: {', '.join(absent)}"]
+    else:
+        config = resolved(load_config(path, overrides), _processes().device)
+        networks, end = build_system(config, torch.device("cpu")).networks, []
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    said = [f"# {name}: {count:,} parameters" for name, count in counts.items()]
+    return "\n".join([to_yaml(config).rstrip(), *said, *end])
 
 
 def export_checkpoint(config: TrainConfig, which: str, target: Path, dtype: str = "float32") -> Checkpoint:

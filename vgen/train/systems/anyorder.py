@@ -84,6 +84,9 @@ def check(config: Config) -> None:
     mixture(config, check_generator(config, AnyOrderSystem).grid)
 
 
+missing, sketch = AnyOrderSystem.missing, AnyOrderSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> AnyOrderSystem:
     """Opens the token sets and makes the model."""
     return AnyOrderSystem(config, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from diffusers import ModelMixin
 from vgen.data.tokens import TokenSetSpec
 from vgen.models.dar.dar import DARModel
 from vgen.settings import require, require_share
-from vgen.tokenizers_vis.registry import find_tokenizer, saved_class
-from vgen.train.systems.generator import GeneratorConfig, GeneratorSystem, check_generator, model_options
+from vgen.tokenizers_vis.registry import SHIPPED, find_tokenizer, saved_class
+from vgen.train.systems.generator import DataConfig, GeneratorConfig, GeneratorSystem, check_generator, model_options
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class DARSystem(GeneratorSystem):
         options: dict[str, Any] = model_options(DARModel.size_config(config.model.size), config.model)
         return DARModel(
             codes=tokens.vocabulary,
-            code_channels=_code_channels(config.data.tokenizer),
+            code_channels=_code_channels(config.data),
             grid=tokens.grid,
             conditioning=config.condition.kind,
             classes=conditions,
@@ -59,9 +60,12 @@ class DARSystem(GeneratorSystem):
         model.load_codebook(self.tokenizer.code_vectors(codes[None])[0].cpu())
 
 
-def _code_channels(folder: str) -> int:
-    """Width of a saved tokenizer's code vectors, from its config: the weights are not needed for that."""
-    folder, kind = find_tokenizer(folder), saved_class(folder)
+def _code_channels(data: DataConfig) -> int:
+    """Width of the tokenizer's code vectors, from its config: the weights are not needed for that. Not there yet: of `data.shape`."""
+    if data.tokenizer not in SHIPPED and not Path(data.tokenizer).exists():
+        return data.shape.code_channels
+    folder = find_tokenizer(data.tokenizer)
+    kind = saved_class(folder)
     with torch.device("meta"):
         tokenizer = kind.from_config(kind.load_config(folder))
         return tokenizer.code_vectors(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
@@ -74,6 +78,9 @@ def check(config: Config) -> None:
         config.data.tokenizer is not None, "data.tokenizer must name the tokenizer: DAR embeds tokens by its codebook"
     )
     check_generator(config, DARSystem)
+
+
+missing, sketch = DARSystem.missing, DARSystem.sketch
 
 
 def build(config: Config, device: torch.device) -> DARSystem:

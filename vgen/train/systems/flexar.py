@@ -91,6 +91,9 @@ def check(config: Config) -> None:
     )
 
 
+missing, sketch = FlexARSystem.missing, FlexARSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> FlexARSystem:
     """Opens the token sets and makes the model."""
     return FlexARSystem(config, device)

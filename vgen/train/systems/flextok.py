@@ -22,11 +22,12 @@ from vgen.tokenizers_vis.flextok.flextok import FlexTok, token_counts
 from vgen.tokenizers_vis.flextok.training import KEEP, FlexTokObjective
 from vgen.tokenizers_vis.flextok.vae import FlexTokVAE
 from vgen.tokenizers_vis.losses.alignment import Teacher
-from vgen.tokenizers_vis.registry import class_families, find_tokenizer, open_tokenizer
+from vgen.tokenizers_vis.registry import SHIPPED, class_families, find_tokenizer, open_tokenizer
 from vgen.train.config import TrainConfig
 from vgen.train.seeds import derived_seed
 from vgen.train.system import Loss, autocast, spread, to_dtype
 from vgen.train.systems.pictures import DataConfig, check_data, open_pictures, picture_digests
+from vgen.train.systems.pictures import missing as missing_data
 from vgen.viz.strips import token_strip
 
 
@@ -141,6 +142,18 @@ def make_model(config: Config, vae: ModelMixin | None) -> FlexTok:
     if vae is not None:
         model.vae = vae
     return model
+
+
+def missing(config: Config) -> list[str]:
+    """What the config names and is not there yet."""
+    vae = config.model.vae
+    return [*missing_data(config), *([] if vae is None or vae in SHIPPED or Path(vae).exists() else [vae])]
+
+
+def sketch(config: Config) -> dict[str, nn.Module]:
+    """The network on the meta device, without its frozen VAE and heads that follow from a teacher; nothing is opened."""
+    with torch.device("meta"):
+        return {"flextok": make_model(config, None)}
 
 
 def build(config: Config, device: torch.device) -> FlexTokSystem:

@@ -30,9 +30,9 @@ from vgen.models.conditions.classes import ClassVocabulary
 from vgen.models.conditions.t5 import T5Captions
 from vgen.models.conditions.vocabulary import Vocabulary
 from vgen.pipelines.visual import VisualPipeline
-from vgen.samplers.types import Condition
+from vgen.samplers.types import Condition, as_grid
 from vgen.settings import require, require_choice, require_not_negative, require_share
-from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer, saved_config
+from vgen.tokenizers_vis.registry import SHIPPED, find_tokenizer, open_tokenizer, saved_config
 from vgen.train.config import TrainConfig, check_token_file
 from vgen.train.seeds import derived_seed
 from vgen.train.system import Loss, spread, to_dtype
@@ -40,6 +40,30 @@ from vgen.viz.sheets import sheet
 
 log = logging.getLogger("vgen.train")
 CONDITIONS = ("words", "class", "text")
+
+
+@dataclass(frozen=True)
+class ShapeConfig:
+    """What the token set holds, so that a dry run can count parameters where it is not there yet; nothing else reads it.
+
+    grid: [H, W] or [N] tokens; codes: of the tokenizer, or channels: floats a token; low_grid: of the smaller pictures; conditions: classes, or
+    entries of the vocabulary of captions; code_channels: numbers of a code vector (DAR).
+    """
+
+    grid: list[int] = field(default_factory=list)
+    codes: int | None = None
+    channels: int | None = None
+    low_grid: list[int] = field(default_factory=list)
+    conditions: int = 0
+    code_channels: int = 0
+
+    @property
+    def spec(self) -> TokenSetSpec:
+        """As the token set would describe itself. VgenError: no grid is set."""
+        require(bool(self.grid), "data.shape.grid must say what the token set will hold, which is not there yet")
+        return TokenSetSpec(
+            as_grid(self.grid), self.codes, self.channels, as_grid(self.low_grid) if self.low_grid else None
+        )
 
 
 @dataclass(frozen=True)
@@ -51,6 +75,7 @@ class DataConfig:
     tokenizer: str | None = None
     train_split: str = "train"
     held_out_split: str | None = None
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
 
     @property
     def files(self) -> tuple[Path, Path]:
@@ -134,6 +159,18 @@ class GeneratorSystem:
     def make_model(cls, config: Any, tokens: TokenSetSpec, conditions: int) -> ModelMixin:
         """A model of `tokens` with fresh weights. conditions: entries of its vocabulary. Raises VgenError for impossible sizes."""
         raise NotImplementedError
+
+    @classmethod
+    def missing(cls, config: Any) -> list[str]:
+        """What the config names and is not there yet: `vgen train --dry-run` then counts parameters by `sketch`."""
+        folders = [config.data.tokens, config.data.tokenizer]
+        return [name for name in filter(None, folders) if name not in SHIPPED and not Path(name).exists()]
+
+    @classmethod
+    def sketch(cls, config: Any) -> dict[str, nn.Module]:
+        """The networks on the meta device, for a token set that is as `data.shape` says; no data is opened."""
+        with torch.device("meta"):
+            return {"model": cls.make_model(config, config.data.shape.spec, config.data.shape.conditions)}
 
     def draws(self, batch: int, progress: float | None, generator: Generator) -> dict[str, Tensor]:
         """Further arguments of the model's loss, on the CPU. progress: share of the training done; None: evaluation."""

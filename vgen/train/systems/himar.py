@@ -112,6 +112,9 @@ def check(config: Config) -> None:
     check_generator(config, HiMARSystem)
 
 
+missing, sketch = HiMARSystem.missing, HiMARSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> HiMARSystem:
     """Opens the token sets and makes the model."""
     return HiMARSystem(config, device)

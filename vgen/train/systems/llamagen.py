@@ -68,6 +68,9 @@ def check(config: Config) -> None:
     check_generator(config, LlamaGenSystem)
 
 
+missing, sketch = LlamaGenSystem.missing, LlamaGenSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> LlamaGenSystem:
     """Opens the token sets and makes the model."""
     return LlamaGenSystem(config, device)

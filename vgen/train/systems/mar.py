@@ -86,6 +86,9 @@ def check(config: Config) -> None:
     check_generator(config, MARSystem)
 
 
+missing, sketch = MARSystem.missing, MARSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> MARSystem:
     """Opens the token sets and makes the model."""
     return MARSystem(config, device)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from vgen.data.tokens import TokenSetSpec
 from vgen.models.conditions.clip import REPOSITORY, ClipCaptions
@@ -165,6 +165,14 @@ def check(config: Config) -> None:
     if config.start is not None:
         check_start("start", config.start)
     check_generator(config, KINDS[model.kind])
+
+
+missing = MaskGenSystem.missing
+
+
+def sketch(config: Config) -> dict[str, nn.Module]:
+    """See `GeneratorSystem.sketch`."""
+    return KINDS[config.model.kind].sketch(config)
 
 
 def build(config: Config, device: torch.device) -> MaskGenSystem:

@@ -86,6 +86,9 @@ def check(config: Config) -> None:
     check_generator(config, MaskGITSystem)
 
 
+missing, sketch = MaskGITSystem.missing, MaskGITSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> MaskGITSystem:
     """Opens the token sets and makes the model."""
     return MaskGITSystem(config, device)

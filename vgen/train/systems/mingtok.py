@@ -19,7 +19,13 @@ from vgen.tokenizers_vis.mingtok.losses import PATCH_LOSSES
 from vgen.tokenizers_vis.mingtok.training import MingTokObjective, TeacherTerm, draw_mask, paste_hidden
 from vgen.train.system import Loss, autocast
 from vgen.train.systems.perceptual import PerceptualConfig, check_perceptual, make_perceptual
-from vgen.train.systems.pictures import PictureConfig, PictureSystem, check_pictures, make_model
+from vgen.train.systems.pictures import (
+    PictureConfig,
+    PictureSystem,
+    check_pictures,
+    make_model,
+    missing,  # noqa: F401 (a part of a system)
+)
 
 TEACHERS = ("latent", "semantic")
 
@@ -71,6 +77,12 @@ def check(config: Config) -> None:
             getattr(loss, f"{name}_teacher") is None or loss.masked_share > 0 < loss.mask_ratio,
             f"loss.{name}_teacher teaches where the input is masked: set loss.masked_share and loss.mask_ratio above 0",
         )
+
+
+def sketch(config: Config) -> dict[str, nn.Module]:
+    """The network on the meta device, without the heads that follow from teachers; no data is opened."""
+    with torch.device("meta"):
+        return {"tokenizer": make_model(config)}
 
 
 def build(config: Config, device: torch.device) -> MingTokSystem:

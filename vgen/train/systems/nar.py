@@ -26,6 +26,9 @@ def check(config: Config) -> None:
     check_generator(config, NARSystem)
 
 
+missing, sketch = NARSystem.missing, NARSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> NARSystem:
     """Opens the token sets and makes the model."""
     return NARSystem(config, device)

@@ -39,6 +39,9 @@ def check(config: Config) -> None:
     check_generator(config, PARSystem)
 
 
+missing, sketch = PARSystem.missing, PARSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> PARSystem:
     """Opens the token sets and makes the model."""
     return PARSystem(config, device)

@@ -113,6 +113,12 @@ def picture_digests(data: DataConfig, train: ImageDataset, held_out: ImageDatase
     return {f"{data.path} ({name})": pictures.digest for name, pictures in zip(names, (train, held_out))}
 
 
+def missing(config: Any) -> list[str]:
+    """The data that the config names, where it is not there yet (a pattern of shards is not looked for)."""
+    path = config.data.path
+    return [] if set("*?[{") & set(path) or Path(path).exists() else [path]
+
+
 def check_pictures(config: PictureConfig, families: Sequence[str]) -> ModelMixin:
     """Raises VgenError for data and model settings that cannot work, before pictures or weights are loaded.
 

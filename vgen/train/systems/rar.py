@@ -72,6 +72,9 @@ def check(config: Config) -> None:
     check_generator(config, RARSystem)
 
 
+missing, sketch = RARSystem.missing, RARSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> RARSystem:
     """Opens the token sets and makes the model."""
     return RARSystem(config, device)

@@ -23,6 +23,7 @@ from vgen.tokenizers_vis.registry import find_tokenizer, open_tokenizer
 from vgen.tokenizers_vis.titok.legacy import TiTokLegacy, pixel_half, proxy_loss
 from vgen.train.system import Loss
 from vgen.train.systems.pictures import PictureConfig, PictureSystem, check_pictures, check_restarts, make_model
+from vgen.train.systems.pictures import missing as missing_data
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,17 @@ def with_pixel_half(config: Config, proxy: MaskGITVQGAN) -> Config:
         "num_groups": proxy.config.num_groups,
     }
     return dataclasses.replace(config, model={**config.model, **sizes})
+
+
+def missing(config: Config) -> list[str]:
+    """What the config names and is not there yet."""
+    return [*missing_data(config), *([] if Path(config.proxy).exists() else [config.proxy])]
+
+
+def sketch(config: Config) -> dict[str, nn.Module]:
+    """The network on the meta device, for a VQGAN of the published size; nothing is opened."""
+    with torch.device("meta"):
+        return {"tokenizer": make_model(with_pixel_half(config, MaskGITVQGAN()))}
 
 
 def build(config: Config, device: torch.device) -> ProxySystem:

@@ -99,6 +99,9 @@ def check(config: Config) -> None:
     check_generator(config, TokenBridgeSystem)
 
 
+missing, sketch = TokenBridgeSystem.missing, TokenBridgeSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> TokenBridgeSystem:
     """Opens the token sets and makes the model."""
     return TokenBridgeSystem(config, device)

@@ -22,6 +22,7 @@ from vgen.train.config import OptimizerConfig, check_optimizer
 from vgen.train.system import Loss, autocast
 from vgen.train.systems.perceptual import PerceptualConfig, check_perceptual, make_perceptual
 from vgen.train.systems.pictures import PictureConfig, PictureSystem, check_pictures, check_restarts, make_model
+from vgen.train.systems.pictures import missing as missing_data
 from vgen.train.systems.start import check_start, load_start
 
 FAMILIES = ("vq", "titok_vq", "titok_vae", "titok_legacy", "kl", "maskgit_vqgan", "chameleon_vqgan")
@@ -106,6 +107,22 @@ def started_model(config: Config) -> ModelMixin:
             if name.split(".")[0] in model.coding_parts:
                 parameter.requires_grad_(False)
     return model
+
+
+def missing(config: Config) -> list[str]:
+    """What the config names and is not there yet."""
+    start = config.start.model
+    return [*missing_data(config), *([start] if start is not None and not Path(start).exists() else [])]
+
+
+def sketch(config: Config) -> dict[str, nn.Module]:
+    """The networks on the meta device; no data is opened."""
+    loss = config.loss
+    with torch.device("meta"):
+        networks: dict[str, nn.Module] = {"tokenizer": make_model(config)}
+        if loss.disc_start <= config.steps:
+            networks["discriminator"] = DISCRIMINATORS[loss.discriminator](3, loss.disc_width, loss.disc_layers)
+    return networks
 
 
 def build(config: Config, device: torch.device) -> TokenizerSystem:

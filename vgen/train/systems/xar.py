@@ -73,6 +73,9 @@ def check(config: Config) -> None:
     check_generator(config, XARSystem)
 
 
+missing, sketch = XARSystem.missing, XARSystem.sketch
+
+
 def build(config: Config, device: torch.device) -> XARSystem:
     """Opens the token sets and makes the model."""
     return XARSystem(config, device)
