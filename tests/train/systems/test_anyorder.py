@@ -72,13 +72,14 @@ def test_conditions_follow_the_shares(config_of):
     assert shares == pytest.approx([0.25, 0.375, 0.375], abs=0.08)
 
 
-def test_with_a_tokenizer_it_previews_and_exports_a_pipeline(tmp_path, config_of, tokenizer):
+def test_with_a_tokenizer_it_previews_and_exports_a_pipeline(tmp_path, config_of, tokenizer, capsys):
     summary = train(
         config_of(
             "steps=3", "preview_every=3", f"data.tokenizer={tmp_path / 'tokenizer'}", "sampling.guidance_scale=1.5"
         )
     )
     assert (tmp_path / "run" / "previews" / "step_00000003.png").is_file()
+    assert "it/s" not in capsys.readouterr().err, "a bar of the preview's own between the lines of the log"
     pipe = VisualPipeline.from_pretrained(summary.model)
     assert pipe.config.guidance_scale == 1.5
     assert pipe("pattern two", seed=1).images[0].size == (32, 32)

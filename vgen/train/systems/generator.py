@@ -339,14 +339,14 @@ class GeneratorSystem:
         pipe, seed = self._pipeline(self.tokenizer, self.model), self.config.seed
         if self.config.condition.kind == "class":
             labels = spread(len(self.train_tokens.class_names), 16)
-            images = pipe(class_labels=labels, seed=seed).images
+            images = pipe(class_labels=labels, seed=seed, progress=False).images
             names = [self.train_tokens.class_names[label] for label in labels]
         else:
             names = [self.train_tokens.captions[i] for i in spread(len(self.train_tokens), 16)]
             limit = self.model.prefix_limit
             if limit:  # as training cuts them
                 names = [self.vocabulary.shortened(name, limit) for name in names]
-            images = pipe(names, seed=seed).images
+            images = pipe(names, seed=seed, progress=False).images
         return sheet(images, names, columns=4, scale=max(1, 128 // images[0].width))
 
     def evaluate(self, step: int) -> dict[str, float]:
