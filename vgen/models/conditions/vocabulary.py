@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from vgen.errors import VgenError, first_line, nearest
+from vgen.exports import Exported
 from vgen.files import atomic_path
 from vgen.models.conditions.base import Conditions
 from vgen.models.conditions.class_names import FILE as NAMES
@@ -172,10 +173,11 @@ class Vocabulary(Conditions):
         return Condition(ids, torch.arange(length) < lengths[:, None])
 
 
-class SavesVocabulary:
+class SavesVocabulary(Exported):
     """For diffusers models whose `vocabulary` may be a `Vocabulary` or know the names of its classes: saved and loaded beside the weights.
 
-    A model with a config entry `conditioning` has a `Vocabulary` when that is "words", a model without the entry always.
+    A model with a config entry `conditioning` has a `Vocabulary` when that is "words", a model without the entry always. It may stand
+    before or behind `Generator` among the bases.
     """
 
     def save_beside(self, folder: Path) -> None:
