@@ -1,6 +1,7 @@
 """The folders, what may import what, and the package list."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -130,3 +131,19 @@ def test_one_version_is_named_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert project["version"] == citation["version"] == vgen.__version__ and project["license"] == citation["license"]
     assert f"## {vgen.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_picture_of_the_rooms_shows_what_is_there():
+    """Every folder of the picture in docs/architecture.md exists, and every folder with modules is in it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = page.split("## Rooms")[1].split("```")[1]
+    shown, room = set(), ""
+    for line in picture.strip("\n").splitlines():
+        if line[1] != " ":
+            room = line.split()[0].rstrip(",")
+            shown |= {word.rstrip(",") for word in line[:28].split() if word.endswith(("/", "/,"))}
+        shown |= {
+            room + word for word in re.findall(r"\b\w+/", line[28:]) if word != "configs/" and word != "published/"
+        }
+    there = {f"{path.parent.relative_to(ROOT).as_posix()}/" for _, path in modules() if path.name == "__init__.py"}
+    assert shown == there - {"vgen/", "vgen/assets/"}

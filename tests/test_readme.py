@@ -21,6 +21,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data.test_emoji import ENTRIES, NAMES, PICTURES, entry, make_archives
@@ -146,6 +147,14 @@ def test_the_readme_runs(block, workspace, capsys):
         return
     for command in commands(block.text):
         check(command, workspace, capsys)
+
+
+def test_the_decode_loop_of_the_docs_runs(capsys):
+    (block,) = (block for block in DOC_BLOCKS if "in decode(" in block.text and block.file.name == "architecture.md")
+    found: dict[str, Any] = {}
+    exec(compile(block.text, str(block), "exec"), found)
+    assert capsys.readouterr().out.count("\n") == 16 and bool(found["canvas"].known.all())
+    assert found["pixels"].shape == (2, 3, 64, 64)
 
 
 def test_the_page_of_plugins_runs(workspace, capsys):
