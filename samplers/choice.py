@@ -8,34 +8,11 @@ from typing import Any
 
 from vgen.errors import VgenError, nearest
 from vgen.samplers.diffusion import TRAIN_STEPS, spaced_timesteps
+from vgen.samplers.settings import Sampling
 from vgen.samplers.types import Step
 from vgen.values import real, string, whole
 
 SCORES = ("log_prob", "logit")
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """What users set, whatever the model: each kind of choice takes what it knows (`of`) and refuses the rest.
-
-    recipe: of RECIPES; substeps: of continuous tokens, a count or a spacing; solver: their solver; shift: of flow times;
-    low_substeps: of the first phase where a model has two (Hi-MAR); clip: of diffusion. None: the default of the kind.
-    """
-
-    recipe: str = "plain"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    substeps: int | str | None = None
-    solver: str | None = None
-    shift: float = 1.0
-    low_substeps: int | str | None = None
-    clip: float | None = None
-
-    def check_continuous(self) -> None:
-        """Raises VgenError for filters of codes."""
-        if self.top_k or self.top_p != 1.0:
-            raise VgenError("this model makes continuous tokens, which have no top-k or top-p; leave them out")
 
 
 @dataclass(frozen=True)
@@ -85,13 +62,13 @@ class TokenChoice:
             raise VgenError(f"the score is one of {', '.join(SCORES)}, got {self.score!r}")
 
     @classmethod
-    def of(cls, settings: SamplingSettings) -> TokenChoice:
+    def of(cls, settings: Sampling) -> TokenChoice:
         """The recipe at the temperature, with the filters. Raises VgenError for substeps: a code is drawn at once."""
         if (settings.substeps, settings.solver, settings.clip) != (None,) * 3 or settings.shift != 1.0:
             raise VgenError(
                 "this model draws codes, at once; leave out substeps, solver, shift and clip, they are for continuous tokens"
             )
-        return token_choice(settings.recipe, settings.temperature, settings.top_k, settings.top_p)
+        return token_choice(settings.choice, settings.temperature, settings.top_k, settings.top_p)
 
     def at(self, step: Step) -> TokenChoice:
         """The settings of one call, ramps replaced by their values."""
@@ -144,7 +121,7 @@ class DiffusionChoice:
             )
 
     @classmethod
-    def of(cls, settings: SamplingSettings) -> DiffusionChoice:
+    def of(cls, settings: Sampling) -> DiffusionChoice:
         """Temperature, spacing, solver and bound."""
         settings.check_continuous()
         if settings.shift != 1.0:
@@ -181,7 +158,7 @@ class FlowChoice:
         object.__setattr__(self, "substeps", whole(self.substeps, "the number of substeps of a flow", 1))
 
     @classmethod
-    def of(cls, settings: SamplingSettings) -> FlowChoice:
+    def of(cls, settings: Sampling) -> FlowChoice:
         """Temperature, number of substeps, solver and shift."""
         settings.check_continuous()
         if settings.clip is not None:

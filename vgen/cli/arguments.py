@@ -13,8 +13,10 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vgen.errors import VgenError
+from vgen.samplers.settings import Sampling, bounds
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")  # kinds; all but cpu may have a number, such as cuda:1
 
@@ -53,6 +55,20 @@ def number(least: float = -math.inf, most: float = math.inf, above: bool = False
         return value
 
     return read
+
+
+def add_setting(group: Any, name: str) -> None:
+    """The option of a setting of `Sampling`: its kind, range and help are written there. Without it the model's own value counts."""
+    part = Sampling.named(name)
+    least, most, above = bounds(part)
+    if "str" in part.type:
+        kind: Callable[[str], Any] = str
+    elif "int" in part.type:
+        kind = whole(int(least or 0), most)
+    else:
+        kind = number(-math.inf if least is None else least, math.inf if most is None else most, above)
+    text = f"{part.metadata['help']} (default: the model's)"
+    group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=part.metadata["metavar"], help=text)
 
 
 def picture_size(text: str) -> tuple[int, int]:

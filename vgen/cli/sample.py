@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgen.cli.arguments import device, existing, margins, number, picture_size, usable_device, whole, writable_file
+from vgen.cli.arguments import add_setting, device, existing, margins, picture_size, usable_device, whole, writable_file
 from vgen.cli.sample_files import OneFile, SampleFolder, caption, destination
 from vgen.convert.load import check_pipeline, load_as
 from vgen.data.text import BadFile, read_text
@@ -59,6 +59,18 @@ Picture i of a run depends on --seed and i only, never on the batch size. A fold
 kill or a full disk the same command makes what is missing, and --first 1600 continues behind picture 1599.
 """
 PLUGINS = True
+# Settings of a call, beside the order and its steps, that have an option: all numbers and names that are not a matter of training.
+SETTINGS = (
+    "guidance_scale",
+    "guidance_schedule",
+    "temperature",
+    "top_k",
+    "top_p",
+    "substeps",
+    "low_steps",
+    "low_guidance_scale",
+    "low_substeps",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,48 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--list-words", action="store_true", help="print the words the model knows and stop")
     how = parser.add_argument_group("how to decode")
-    how.add_argument(
-        "--order",
-        metavar="ORDER",
-        help="decode order, e.g. raster, neighbor, regions-4, zip-3, locality (default: the model's)",
-    )
+    add_setting(how, "order")
     how.add_argument(
         "--order-option", action="append", default=[], metavar="KEY=VALUE", help="an option of the order; repeatable"
     )
-    how.add_argument(
-        "--steps", type=whole(1), metavar="N", help="forward passes, for orders whose number of steps is free"
-    )
-    how.add_argument(
-        "--guidance-scale",
-        type=number(),
-        metavar="S",
-        help="classifier-free guidance; 1 is none (default: the model's)",
-    )
-    how.add_argument(
-        "--guidance-schedule",
-        metavar="NAME",
-        help="how the guidance grows: constant, by what is known (linear, linear-clamped, linear-before, cosine, power-cosine) or by "
-        "the number of the step (step-linear, step-linear-before, step-linear-ends, step-cosine, step-power-cosine, step-flipped-cosine)",
-    )
-    how.add_argument(
-        "--temperature", type=number(0), metavar="T", help="0 always takes the likeliest token (default: the model's)"
-    )
-    how.add_argument("--top-k", type=whole(0), metavar="K", help="keep the K likeliest tokens; 0: all")
-    how.add_argument(
-        "--top-p",
-        type=number(0, 1, above=True),
-        metavar="P",
-        help="keep the likeliest tokens up to probability P; 1: all",
-    )
-    how.add_argument(
-        "--substeps",
-        metavar="N",
-        help="continuous tokens: steps of the diffusion (100, ddim50, …) or of the flow (50) behind every token",
-    )
-    for name, kind in (("steps", whole(1)), ("guidance-scale", number()), ("substeps", str)):
-        how.add_argument(
-            f"--low-{name}", type=kind, metavar="N", help=f"--{name} of the small picture that Hi-MAR makes first"
-        )
+    add_setting(how, "steps")
+    for name in SETTINGS:
+        add_setting(how, name)
     how.add_argument(
         "--size",
         type=picture_size,
@@ -257,14 +234,8 @@ def run(args: argparse.Namespace) -> None:
     prompts, target = args.prompts, _destination(args)
     order = pipe.make_order(args.order, args.steps, args.seed, _order_options(args.order_option), args.low_steps)
     given = {
-        "guidance_scale": args.guidance_scale,
-        "guidance_schedule": args.guidance_schedule,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
+        **{name: getattr(args, name) for name in SETTINGS if name != "low_steps"},
         "substeps": int(args.substeps) if args.substeps and args.substeps.isdecimal() else args.substeps,
-        "low_guidance_scale": args.low_guidance_scale,
-        "low_substeps": args.low_substeps,
         "size": None if args.size is None else list(args.size),
     }
     settings = _settings(args, pipe, order, given)

@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from vgen.errors import VgenError, first_line, nearest
 from vgen.recipes import PUBLISHED, config_folder
+from vgen.samplers.settings import Sampling
 from vgen.settings import merge, read_yaml
 
 VERSION = 1
@@ -24,27 +25,13 @@ NESTINGS = ("flat", "model", "model_ema", "state_dict", "folder")
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """The settings of the published figures, as the pipeline's. guidance_scale 1: none; choice: of `samplers.choice.RECIPES`."""
+class PublishedSampling(Sampling):
+    """The settings of the published figures, as the pipeline's, and two figures: precision, and calls (forward passes a picture)."""
 
     order: str = "raster"
     guidance_scale: float = 1.0
-    guidance_schedule: str = "constant"
-    guidance_power: float = 1.5
-    guidance_start: float = 1.0
-    choice: str = "plain"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    substeps: int | str | None = None  # of continuous tokens
-    solver: str | None = None
-    shift: float = 1.0
-    clip: float | None = None
-    low_steps: int | None = None  # of models that make a small picture first
-    low_guidance_scale: float | None = None
-    low_substeps: int | str | None = None
     precision: str = "fp32"
-    calls: int | None = None  # forward passes a picture
+    calls: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +93,7 @@ class Published:
     tokenizer_options: dict[str, Any] = field(default_factory=dict)
     text_encoder: str | None = None
     orders: list[str] = field(default_factory=list)
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: PublishedSampling = field(default_factory=PublishedSampling)
     measurements: list[Measurement] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
     unverified: dict[str, str] = field(default_factory=dict)
@@ -126,7 +113,7 @@ class Published:
 
 
 # What `sources` and `unverified` can be about.
-FIELDS = (*(part.name for part in fields(Published)), *(f"sampling.{part.name}" for part in fields(Sampling)))
+FIELDS = (*(part.name for part in fields(Published)), *(f"sampling.{part.name}" for part in fields(PublishedSampling)))
 
 
 def folder() -> Path:

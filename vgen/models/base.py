@@ -31,7 +31,7 @@ class Generator(Exported):
     channels that are codes of their own; prefix_limit; condition_dropout.
     """
 
-    # The kind of settings that its predictions take: has `of(SamplingSettings)`, which refuses what does not fit.
+    # The kind of settings that its predictions take: has `of(Sampling)`, which refuses what does not fit.
     choice_kind: ClassVar[type] = TokenChoice
     # The smallest guidance scale it can be asked for. 0: towards the unconditional picture, too.
     least_guidance: ClassVar[float] = 0.0

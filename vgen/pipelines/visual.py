@@ -7,8 +7,7 @@ import inspect
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -25,11 +24,11 @@ from vgen.layers.pictures import Picture
 from vgen.layers.pixels import to_images
 from vgen.pipelines.calls import OUTPUTS, Callback, Generators, check_callback, check_output, joined, refuse, seeds_of
 from vgen.pipelines.components import INDEX, parts_of, shipped_folder
-from vgen.samplers.choice import SamplingSettings
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import LARGEST, PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
+from vgen.samplers.settings import Sampling, takes_sampling
 from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order
 from vgen.tokenizers_vis.base import decode_each
 from vgen.values import real, several, shown, string, whole
@@ -97,6 +96,20 @@ class Batch:
     counters: Counters
 
 
+@dataclass(frozen=True)
+class Job:
+    """What all batches of a call have in common. shape: what the tokenizer's `decode` is told about the size of the pictures."""
+
+    guidance: Guidance
+    choice: Any
+    painting: Painting | None
+    paste_back: bool
+    shape: dict[str, tuple[int, int]]
+    output_type: str
+    callback: Callback | None
+    progress: bool
+
+
 class Sampler(ConfigMixin):
     """A tokenizer and a generator that fit together, with the sampling settings the generator likes.
 
@@ -112,31 +125,19 @@ class Sampler(ConfigMixin):
 
     config_name = INDEX
 
+    @takes_sampling
     def __init__(
         self,
         tokenizer: ModelMixin,
         model: ModelMixin,
-        order: str = "random",
-        steps: int | None = None,
-        guidance_scale: float = 3.0,
-        guidance_schedule: str = "constant",
-        guidance_power: float = 1.5,
-        guidance_start: float = 1.0,
-        choice: str = "plain",
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        substeps: int | str | None = None,
-        solver: str | None = None,
-        shift: float = 1.0,
-        clip: float | None = None,
-        low_steps: int | None = None,
-        low_guidance_scale: float | None = None,
-        low_substeps: int | str | None = None,
-        size: Sequence[int] | None = None,
+        *values: Any,
+        **settings: Any,
     ):
         super().__init__()
-        _check_low(model, low_steps, low_guidance_scale, low_substeps)
+        sampling = Sampling(*values, **settings)
+        if sampling.size is not None:
+            sampling = replace(sampling, size=list(sampling.size))
+        _check_low(model, sampling.low_steps, sampling.low_guidance_scale, sampling.low_substeps)
         spec = tokenizer.spec
         kinds = {"codes": spec.vocabulary, "channels": spec.channels, "levels": spec.levels}
         for kind, wanted in model.tokens.items():
@@ -148,26 +149,7 @@ class Sampler(ConfigMixin):
                 )
         model.share_tables(tokenizer)
         self.register_modules(tokenizer=tokenizer, model=model)
-        self.register_to_config(
-            order=order,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule,
-            guidance_power=guidance_power,
-            guidance_start=guidance_start,
-            choice=choice,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            substeps=substeps,
-            solver=solver,
-            shift=shift,
-            clip=clip,
-            low_steps=low_steps,
-            low_guidance_scale=low_guidance_scale,
-            low_substeps=low_substeps,
-            size=None if size is None else list(size),
-        )
+        self.register_to_config(**asdict(sampling))
 
     def register_modules(self, **modules: Any) -> None:
         """As diffusers' pipelines, where there is none."""
@@ -300,8 +282,17 @@ class Sampler(ConfigMixin):
         _check_low(self.model, low_guidance_scale, low_substeps)
         subjects = self._subjects(prompt, class_labels)
         whole(first + len(subjects) * num_images - 1, "the number of the last picture", 0, LARGEST)
-        guidance = self._guidance(guidance_scale, guidance_schedule, low_guidance_scale)
-        choice = self._choice(temperature, top_k, top_p, substeps, low_substeps)
+        sampling = self.sampling.given(
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            substeps=substeps,
+            low_guidance_scale=low_guidance_scale,
+            low_substeps=low_substeps,
+        )
+        guidance, choice = self._guidance(sampling), self.model.choice_kind.of(sampling)
         seeds = seeds_of(seed, generator, len(subjects) * num_images)
 
         def order_of(seed: int) -> Order:
@@ -321,17 +312,7 @@ class Sampler(ConfigMixin):
         block = ENCODED if vocabulary is not None and vocabulary.encodes else len(subjects)
         condition = self._condition(subjects[:block])
 
-        decoded = partial(
-            self._batch,
-            guidance=guidance,
-            choice=choice,
-            painting=painting,
-            paste_back=paste_back,
-            shape=shape,
-            output_type=output_type,
-            callback=callback_on_step_end,
-            progress=progress,
-        )
+        job = Job(guidance, choice, painting, paste_back, shape, output_type, callback_on_step_end, progress)
         size_of_batch = 1 if isinstance(seeds, list) else batch_size
 
         def batches() -> Iterator[Batch]:
@@ -345,48 +326,33 @@ class Sampler(ConfigMixin):
                     mine = part.take((places - start) // num_images)
                     if isinstance(seeds, list):
                         own = seeds[wanted[at]]
-                        batch = decoded(torch.zeros(1, dtype=torch.long), mine, order_of(own), seed=own)
+                        batch = self._batch(job, torch.zeros(1, dtype=torch.long), mine, order_of(own), own)
                         yield replace(batch, numbers=[first + wanted[at]])
                     else:
-                        yield decoded(first + places, mine, made, seed=seeds)
+                        yield self._batch(job, first + places, mine, made, seeds)
 
         return batches()
 
     @torch.no_grad()
-    def _batch(
-        self,
-        samples: Tensor,
-        condition: Condition,
-        order: Order,
-        *,
-        guidance: Guidance,
-        choice: Any,
-        seed: int,
-        painting: Painting | None,
-        paste_back: bool,
-        shape: dict[str, tuple[int, int]],
-        output_type: str,
-        callback: Callback | None,
-        progress: bool,
-    ) -> Batch:
+    def _batch(self, job: Job, samples: Tensor, condition: Condition, order: Order, seed: int) -> Batch:
         """Decodes the pictures of these numbers [B]."""
         self.wake(self.model)
-        canvas = self._canvas(samples, painting)
-        conditions = [condition] if len(guidance.rows) == 1 else [condition, self.model.null(condition)]
+        canvas = self._canvas(samples, job.painting)
+        conditions = [condition] if len(job.guidance.rows) == 1 else [condition, self.model.null(condition)]
         state = self.model.start(conditions, canvas)
-        steps = decode(self.model, state, canvas, order, guidance, choice, PhiloxNoise(seed, samples))
-        with self.progress_bar(total=order.calls) if progress else nullcontext() as bar:
+        steps = decode(self.model, state, canvas, order, job.guidance, job.choice, PhiloxNoise(seed, samples))
+        with self.progress_bar(total=order.calls) if job.progress else nullcontext() as bar:
             for index, (step, _) in enumerate(steps):
                 if bar is not None:
                     bar.update()
-                if callback is not None:
-                    callback(self, index, step, {"canvas": canvas})
+                if job.callback is not None:
+                    job.callback(self, index, step, {"canvas": canvas})
         images = []
-        if output_type != "latent":
-            images = self.decode_tokens(canvas.values, condition, samples=samples, seed=seed, **shape)
-            if painting is not None and paste_back:
-                images = painting.paste(images)
-        images = OUTPUTS[output_type](images, canvas.values)
+        if job.output_type != "latent":
+            images = self.decode_tokens(canvas.values, condition, samples=samples, seed=seed, **job.shape)
+            if job.painting is not None and job.paste_back:
+                images = job.painting.paste(images)
+        images = OUTPUTS[job.output_type](images, canvas.values)
         return Batch(samples.tolist(), images, canvas.values, condition, state.counters)
 
     def fingerprint(self) -> str:
@@ -405,13 +371,17 @@ class Sampler(ConfigMixin):
     @property
     def settings(self) -> dict[str, Any]:
         """The defaults of a call, as saved in `model_index.json`."""
-        names = [*inspect.signature(Sampler.__init__).parameters][3:]  # behind self, tokenizer and model
-        return {name: self.config.get(name) for name in names}
+        return asdict(self.sampling)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The same, as one object."""
+        return Sampling(**{part.name: self.config.get(part.name) for part in fields(Sampling)})
 
     def check_settings(self) -> None:
         """Raises VgenError for default settings that no call can use: substeps, orders, guidance of another kind of model."""
-        self._choice(None, None, None, None, None)
-        self._guidance(None, None, None)
+        self.model.choice_kind.of(self.sampling)
+        self._guidance(self.sampling)
         self._shape(None)
         self.model.check_order(self.make_order(None, None, seed=0))
 
@@ -494,8 +464,7 @@ class Sampler(ConfigMixin):
         spec.grid(height, width)
         return spec.size_options(height, width)
 
-    def _guidance(self, scale: float | None, schedule: str | None, low_scale: float | None) -> Guidance:
-        config = self.config
+    def _guidance(self, sampling: Sampling) -> Guidance:
         least = self.model.least_guidance
 
         def free(scale: float) -> ClassifierFree:
@@ -506,37 +475,15 @@ class Sampler(ConfigMixin):
                 )
             return ClassifierFree(
                 scale,
-                _first(schedule, config.guidance_schedule),
-                config.guidance_power,
-                start=1.0 if scale == 1 else config.guidance_start,  # scale 1 is no guidance, wherever a ramp begins
+                sampling.guidance_schedule,
+                sampling.guidance_power,
+                start=1.0 if scale == 1 else sampling.guidance_start,  # scale 1 is no guidance, wherever a ramp begins
             )
 
-        scale = _first(scale, config.guidance_scale)
         if len(self.grids) == 1:
-            return free(scale)
-        return PhaseGuidance((free(_first(low_scale, _first(config.low_guidance_scale, scale))), free(scale)))
-
-    def _choice(
-        self,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        substeps: int | str | None,
-        low_substeps: int | str | None,
-    ) -> Any:
-        config = self.config
-        settings = SamplingSettings(
-            config.choice,
-            _first(temperature, config.temperature),
-            _first(top_k, config.top_k),
-            _first(top_p, config.top_p),
-            _first(substeps, config.substeps),
-            config.solver,
-            config.shift,
-            clip=config.clip,
-            low_substeps=_first(low_substeps, config.low_substeps),
-        )
-        return self.model.choice_kind.of(settings)
+            return free(sampling.guidance_scale)
+        low = sampling.low_guidance_scale
+        return PhaseGuidance((free(sampling.guidance_scale if low is None else low), free(sampling.guidance_scale)))
 
     def _subjects(
         self, prompt: str | Iterable[str] | None, labels: int | str | Iterable[int | str] | None

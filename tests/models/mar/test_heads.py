@@ -6,10 +6,11 @@ import torch
 from vgen.errors import VgenError
 from vgen.models.mar.heads import HEADS, TokenMeanFlow, head_kind
 from vgen.models.mar.himar import HiMARChoice
-from vgen.samplers.choice import DiffusionChoice, FlowChoice, SamplingSettings, TokenChoice
+from vgen.samplers.choice import DiffusionChoice, FlowChoice, TokenChoice
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.predictions import Flow, MeanFlow
+from vgen.samplers.settings import Sampling
 from vgen.samplers.types import Step
 
 
@@ -32,7 +33,7 @@ def test_a_head_learns_tokens_that_its_features_decide(name):
         optimizer.step()
     prediction = head.prediction(features[:6].view(1, 2, 3, 2))
     substeps = {"diffusion": "50", "flow": 20, "mean_flow": 1}[name]
-    choice = head.choice_kind.of(SamplingSettings(substeps=substeps, clip=2.0 if name == "diffusion" else None))
+    choice = head.choice_kind.of(Sampling(substeps=substeps, clip=2.0 if name == "diffusion" else None))
     with torch.no_grad():
         draw = prediction.draw(one_step(), ClassifierFree(), choice, PhiloxNoise(1, torch.arange(2)))
     assert draw.values.shape == (2, 3, 2)
@@ -105,17 +106,17 @@ def test_a_flow_guides_every_velocity_and_scales_the_initial_noise():
         (lambda: head_kind("flo"), "did you mean 'flow'"),
         (lambda: FlowChoice(substeps=0), "substeps of a flow must be a whole number of at least 1"),
         (lambda: FlowChoice(shift=0.0), "time shift must be above 0"),
-        (lambda: FlowChoice.of(SamplingSettings(substeps="ddim50")), "a whole number of at least 1, got 'ddim50'"),
-        (lambda: FlowChoice.of(SamplingSettings(top_k=5)), "no top-k or top-p"),
-        (lambda: DiffusionChoice.of(SamplingSettings(shift=2.0)), "time shift is for flows"),
-        (lambda: TokenChoice.of(SamplingSettings(substeps=5)), "leave out substeps"),
-        (lambda: DiffusionChoice.of(SamplingSettings(substeps=0)), "1 to 1000, got 0"),
-        (lambda: DiffusionChoice.of(SamplingSettings(substeps="")), "are a count such as '100'"),
-        (lambda: DiffusionChoice.of(SamplingSettings(substeps="abc")), "are a count such as '100'"),
-        (lambda: HiMARChoice.of(SamplingSettings(substeps=0)), "1 to 1000, got 0"),
-        (lambda: HiMARChoice.of(SamplingSettings(low_substeps="0")), "1 to 1000 substeps, got 0"),
-        (lambda: FlowChoice.of(SamplingSettings(substeps=0)), "at least 1, got 0"),
-        (lambda: FlowChoice.of(SamplingSettings(substeps="")), "at least 1, got ''"),
+        (lambda: FlowChoice.of(Sampling(substeps="ddim50")), "a whole number of at least 1, got 'ddim50'"),
+        (lambda: FlowChoice.of(Sampling(top_k=5)), "no top-k or top-p"),
+        (lambda: DiffusionChoice.of(Sampling(shift=2.0)), "time shift is for flows"),
+        (lambda: TokenChoice.of(Sampling(substeps=5)), "leave out substeps"),
+        (lambda: DiffusionChoice.of(Sampling(substeps=0)), "1 to 1000, got 0"),
+        (lambda: DiffusionChoice.of(Sampling(substeps="")), "are a count such as '100'"),
+        (lambda: DiffusionChoice.of(Sampling(substeps="abc")), "are a count such as '100'"),
+        (lambda: HiMARChoice.of(Sampling(substeps=0)), "1 to 1000, got 0"),
+        (lambda: HiMARChoice.of(Sampling(low_substeps="0")), "1 to 1000 substeps, got 0"),
+        (lambda: FlowChoice.of(Sampling(substeps=0)), "at least 1, got 0"),
+        (lambda: FlowChoice.of(Sampling(substeps="")), "at least 1, got ''"),
     ],
 )
 def test_bad_settings_are_one_sentence(make, message):
@@ -124,10 +125,10 @@ def test_bad_settings_are_one_sentence(make, message):
 
 
 def test_choices_take_what_they_know():
-    assert DiffusionChoice.of(SamplingSettings(temperature=0.9, substeps=25)) == DiffusionChoice(0.9, "25")
-    assert DiffusionChoice.of(SamplingSettings()) == DiffusionChoice()
-    assert FlowChoice.of(SamplingSettings(temperature=0.9, substeps=8, shift=2.0)) == FlowChoice(0.9, 8, shift=2.0)
-    assert TokenChoice.of(SamplingSettings(temperature=0.5, top_k=3)) == TokenChoice(0.5, 3)
+    assert DiffusionChoice.of(Sampling(temperature=0.9, substeps=25)) == DiffusionChoice(0.9, "25")
+    assert DiffusionChoice.of(Sampling()) == DiffusionChoice()
+    assert FlowChoice.of(Sampling(temperature=0.9, substeps=8, shift=2.0)) == FlowChoice(0.9, 8, shift=2.0)
+    assert TokenChoice.of(Sampling(temperature=0.5, top_k=3)) == TokenChoice(0.5, 3)
 
 
 def test_the_target_of_a_split_interval_is_its_formula():

@@ -8,11 +8,11 @@ from vgen.errors import VgenError
 from vgen.layers.grid_head import grid_positions
 from vgen.models.conditions.vocabulary import Vocabulary
 from vgen.models.mar.himar import DENSE, LOW, HiMAR, HiMARChoice
-from vgen.samplers.choice import SamplingSettings
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.orders import make_order
+from vgen.samplers.settings import Sampling
 from vgen.samplers.types import Canvas
 
 SMALL = {
@@ -35,7 +35,7 @@ SMALL = {
     "attention_dropout": 0.0,
     "diffusion_batch": 2,
 }
-QUICK = SamplingSettings(substeps="ddim5", low_substeps="ddim4")
+QUICK = Sampling(substeps="ddim5", low_substeps="ddim4")
 LABELS = (0, 1, 2)
 
 
@@ -309,7 +309,7 @@ def test_released_files_hold_two_models(tmp_path):
 
 
 def test_substeps_have_released_defaults():
-    low, dense = HiMARChoice.of(SamplingSettings(temperature=0.9)).phases
+    low, dense = HiMARChoice.of(Sampling(temperature=0.9)).phases
     assert (low.substeps, dense.substeps, low.temperature, dense.temperature) == ("100", "250", 0.9, 0.9)
     low, dense = HiMARChoice.of(QUICK).phases
     assert (low.substeps, dense.substeps) == ("ddim4", "ddim5")

@@ -11,11 +11,12 @@ from vgen.models.conditions.vocabulary import Vocabulary
 from vgen.models.mar.backbone import mask_rate, put_rows, shown_positions, take_rows
 from vgen.models.mar.heads import HEADS
 from vgen.models.mar.mar import MAR
-from vgen.samplers.choice import DiffusionChoice, SamplingSettings
+from vgen.samplers.choice import DiffusionChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree
 from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.orders import make_order
+from vgen.samplers.settings import Sampling
 from vgen.samplers.types import Canvas
 
 SMALL = {
@@ -54,7 +55,7 @@ def run(model, order, scale=2.0, known=None, samples=None, labels=(0, 1, 2), giv
     if known is not None:
         canvas.values, canvas.known = known[0].clone(), known[1].clone()
     guidance = ClassifierFree(scale, "linear-clamped")
-    choice = model.choice_kind.of(settings or SamplingSettings(substeps="ddim5"))
+    choice = model.choice_kind.of(settings or Sampling(substeps="ddim5"))
     state = model.start([condition, model.null(condition)][: len(guidance.rows)], canvas)
     for _ in decode(model, state, canvas, order, guidance, choice, PhiloxNoise(3, samples)):
         assert (canvas.known.sum(dim=1) == state.visible).all()
@@ -180,7 +181,7 @@ def test_any_order_fills_the_canvas(order):
 @torch.no_grad()
 def test_a_picture_depends_on_its_sample_only(head):
     model = build(head=head)
-    order, settings = model.default_order(), SamplingSettings(substeps="ddim5" if head == "diffusion" else 3)
+    order, settings = model.default_order(), Sampling(substeps="ddim5" if head == "diffusion" else 3)
     assert order.calls == 16
     together = run(model, order, settings=settings)[0].values
     alone = run(model, order, samples=torch.tensor([1]), labels=[1], settings=settings)[0].values
@@ -194,7 +195,7 @@ def test_temperature_and_guidance_change_the_picture():
     plain = run(model, order, 1.0)
     assert plain[1].counters.call_rows == 12  # one guidance row
     assert not torch.allclose(plain[0].values, run(model, order, 3.0)[0].values, atol=1e-3)
-    cold = run(model, order, 1.0, settings=SamplingSettings(temperature=0.0, substeps="ddim5"))[0].values
+    cold = run(model, order, 1.0, settings=Sampling(temperature=0.0, substeps="ddim5"))[0].values
     assert not torch.allclose(plain[0].values, cold, atol=1e-3)
 
 
@@ -300,5 +301,5 @@ def test_bad_input_is_one_sentence():
     with pytest.raises(VgenError, match="confidence order needs predictions with a score"):
         run(model, make_order("confidence-4", model.grid))
     with pytest.raises(VgenError, match="no top-k"):
-        model.choice_kind.of(SamplingSettings(top_k=5))
+        model.choice_kind.of(Sampling(top_k=5))
     assert model.choice_kind is DiffusionChoice

@@ -40,11 +40,12 @@ from vgen.models.mar.backbone import (
 from vgen.models.mar.heads import TokenDiffusion
 from vgen.models.mar.himar_head import GridDenoiser
 from vgen.models.masked.base import at_targets
-from vgen.samplers.choice import DiffusionChoice, PhaseChoice, SamplingSettings
+from vgen.samplers.choice import DiffusionChoice, PhaseChoice
 from vgen.samplers.orders import make_order
 from vgen.samplers.orders.base import BaseOrder
 from vgen.samplers.orders.levels import LevelsOrder
 from vgen.samplers.predictions import Diffusion, GridDiffusion
+from vgen.samplers.settings import Sampling
 from vgen.samplers.types import Canvas, Condition, Grid, Step, as_grid, grid_size
 
 LOW, DENSE = 0, 1  # phases, and levels of the canvas
@@ -123,7 +124,7 @@ class HiMARChoice(PhaseChoice):
     """100 substeps in the first phase and 250 in the second, unless asked for others."""
 
     @classmethod
-    def of(cls, settings: SamplingSettings) -> HiMARChoice:
+    def of(cls, settings: Sampling) -> HiMARChoice:
         """`substeps` are those of the second phase, `low_substeps` those of the first; the rest is for both."""
         low = replace(settings, substeps="100" if settings.low_substeps is None else settings.low_substeps)
         dense = replace(settings, substeps="250" if settings.substeps is None else settings.substeps)

@@ -30,8 +30,9 @@ from vgen.models.conditions.classes import ClassVocabulary
 from vgen.models.conditions.t5 import T5Captions
 from vgen.models.conditions.vocabulary import Vocabulary
 from vgen.pipelines.visual import VisualPipeline
+from vgen.samplers.settings import Sampling
 from vgen.samplers.types import Condition, as_grid
-from vgen.settings import require, require_choice, require_not_negative, require_share
+from vgen.settings import require, require_choice, require_share
 from vgen.tokenizers_vis.registry import SHIPPED, find_tokenizer, open_tokenizer, saved_config
 from vgen.train.config import TrainConfig, check_token_file
 from vgen.train.seeds import derived_seed
@@ -99,26 +100,10 @@ class ConditionConfig:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """Settings of previews, and defaults of the exported pipeline. order: None means the model's own."""
+class SamplingConfig(Sampling):
+    """Settings of previews, and defaults of the exported pipeline. order, size: None means the model's own, and that of its training."""
 
     order: str | None = None
-    steps: int | None = None
-    guidance_scale: float = 3.0
-    guidance_schedule: str = "constant"
-    guidance_power: float = 1.5
-    guidance_start: float = 1.0
-    choice: str = "plain"  # of `samplers.choice.RECIPES`: what the temperature means
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    substeps: int | str | None = None  # of continuous tokens
-    solver: str | None = None
-    shift: float = 1.0
-    clip: float | None = None
-    low_steps: int | None = None  # of models that make a small picture first
-    low_guidance_scale: float | None = None
-    low_substeps: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -388,14 +373,11 @@ class GeneratorSystem:
 
     def _pipeline(self, tokenizer: ModelMixin, model: ModelMixin) -> VisualPipeline:
         settings = asdict(self.config.sampling)
+        settings["order"] = settings["order"] or model.default_order().name
+        settings["size"] = settings["size"] or self.train_tokens.spec.size
         if model.vocabulary.unconditional:  # nothing to be guided to: one row a picture is enough
             settings |= {"guidance_scale": 1.0, "low_guidance_scale": None}
-        return VisualPipeline(
-            tokenizer,
-            model,
-            **{**settings, "order": settings["order"] or model.default_order().name},
-            size=self.train_tokens.spec.size,
-        )
+        return VisualPipeline(tokenizer, model, **settings)
 
 
 def check_generator(config: Any, system: type[GeneratorSystem]) -> TokenSetSpec:
@@ -416,7 +398,7 @@ def check_generator(config: Any, system: type[GeneratorSystem]) -> TokenSetSpec:
         condition.kind == "words" or condition.class_share == 0,
         f"condition.class_share mixes classes into words; leave it at 0 for condition.kind={condition.kind}",
     )
-    require_not_negative(config.sampling, "temperature", "top_k", "guidance_scale", prefix="sampling.")
+    config.sampling.check_ranges("sampling.")
     tokens, classes = _token_set(config)
     require(
         condition.kind != "class" or classes > 0, f"condition.kind=class: the token set {data.tokens} has no classes"
