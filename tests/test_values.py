@@ -87,6 +87,8 @@ def test_texts():
     for value in (3, None, b"ghost", ["ghost"]):
         with pytest.raises(VgenError, match=r"^it must be a text \(str\), got "):
             string(value, "it")
+    with pytest.raises(VgenError, match=r"^it must be a text of whole characters \(UTF-8\), got 'gh\\udcffost'"):
+        string(b"gh\xffost".decode(errors="surrogateescape"), "it")  # as Python takes an argument of the shell
 
 
 def test_values_in_messages_are_short_and_typed():

@@ -43,9 +43,13 @@ def real(value: Any, name: str, least: float = -math.inf) -> float:
 
 
 def string(value: Any, name: str) -> str:
-    """`value`, which must be a str (numpy's is one)."""
+    """`value`, which must be a str (numpy's is one) of whole characters: a byte that a shell gives and that is no UTF-8 is half of one."""
     if not isinstance(value, str):
         raise VgenError(f"{name} must be a text (str), got {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise VgenError(f"{name} must be a text of whole characters (UTF-8), got {value!a}") from None
     return str(value)
 
 

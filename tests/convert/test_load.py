@@ -177,3 +177,20 @@ def test_one_precision_reaches_a_frozen_text_encoder(encoder_folder):  # noqa: F
     pipe.move(dtype=torch.float16)
     kept = {n.split(".")[-2] for n, v in model.vocabulary.encoder.state_dict().items() if v.dtype == torch.float32}
     assert kept == {"wo"} < wide
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": 5}, "a model is named by a text or a path, got 5"),
+        ({"dtype": "fp8"}, "dtype is a torch.dtype such as torch.bfloat16, got 'fp8'"),
+        ({"dtype": torch.int64}, "dtype is a torch.dtype"),
+        ({"device": "gpu"}, "device is cpu, cuda, .* got 'gpu'"),
+        ({"device": 1.5}, "device is cpu, cuda, .* got 1.5"),
+    ],
+    ids=str,
+)
+def test_wrong_types_are_one_sentence(arguments, message):
+    for call, name in ((vgen.load, "emoji"), (vgen.load_tokenizer, "emoji-vq")):
+        with pytest.raises(VgenError, match=message):
+            call(**{"name": name, **arguments})

@@ -17,6 +17,7 @@ from vgen.models.registry import GENERATORS, generator_class
 from vgen.pipelines.components import SHIPPED, component_names, hub_copy, is_hub_name, read_index, shipped_folder
 from vgen.tokenizers_vis.registry import SHIPPED as TOKENIZERS
 from vgen.tokenizers_vis.registry import open_tokenizer, saved_family, tokenizer_class
+from vgen.values import shown
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ def load_as(
 ) -> Any:
     """As `load`, of the class `kind`: the command line takes `Sampler`, which does not import diffusers' pipelines."""
     check_pipeline(name)
+    _check_place(device, dtype)
     if Path(name).is_dir():
         pipe = kind.open(name)
     elif name in SHIPPED:
@@ -81,6 +83,7 @@ def load_tokenizer(
     import torch
 
     check_tokenizer(name)
+    _check_place(device, dtype)
     if Path(name).is_dir() or name in TOKENIZERS:
         tokenizer = open_tokenizer(name)
     elif name in names():
@@ -90,8 +93,26 @@ def load_tokenizer(
     return torch.nn.Module.to(tokenizer, device, dtype)
 
 
+def _check_place(device: Any, dtype: Any) -> None:
+    """VgenError unless weights can be moved there."""
+    import torch
+
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise VgenError(f"device is cpu, cuda, cuda:0, mps or a torch.device, got {shown(device)}") from None
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise VgenError(f"dtype is a torch.dtype such as torch.bfloat16, got {shown(dtype)}")
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str | Path):
+        raise VgenError(f"a model is named by a text or a path, got {shown(name)}")
+
+
 def check_pipeline(name: str | Path) -> None:
     """VgenError unless `name` is one that `load` takes. Reads no weights, asks no network, imports no torch."""
+    _check_name(name)
     if Path(name).exists():
         component_names(read_index(name), name)
     elif name not in (*SHIPPED, *names()) and not is_hub_name(name):
@@ -104,6 +125,7 @@ def check_pipeline(name: str | Path) -> None:
 
 def check_tokenizer(name: str | Path) -> None:
     """VgenError unless `name` is one that `load_tokenizer` takes. Reads no weights, asks no network, imports no torch."""
+    _check_name(name)
     if Path(name).is_dir():
         saved_family(name)
         return

@@ -277,6 +277,10 @@ class Sampler(ConfigMixin):
         num_images = whole(num_images_per_prompt, "the number of images", 1)
         batch_size = whole(batch_size, "the batch size", 1)
         first = whole(first, "the number of the first picture", 0, LARGEST)
+        if not isinstance(skip, Container):
+            raise VgenError(
+                f"skip holds the numbers of pictures that are not made, such as {{0, 3}}, got {shown(skip)}"
+            )
         check_callback(callback_on_step_end)
         check_output(output_type)
         _check_low(self.model, low_guidance_scale, low_substeps)
@@ -405,7 +409,7 @@ class Sampler(ConfigMixin):
         name = self.config.order if order is None else order
         if not isinstance(options, dict | None):
             raise VgenError(f"the options of an order are a dict such as {{'steps': 8}}, got {shown(options)}")
-        options = dict(options or {})
+        options = {string(key, "the name of an option of an order"): value for key, value in (options or {}).items()}
         if steps is None and name == self.config.order:
             steps = self.config.steps
         kind, written = read_order(name)
@@ -434,6 +438,8 @@ class Sampler(ConfigMixin):
         level: which one is shown where there are several: -1 the picture, 0 the small one that was made first. samples, seed: of
         the pictures, for decoders that start from noise (None: 0 to B - 1). size: of `stream`.
         """
+        if not isinstance(tokens, Tensor):
+            raise VgenError(f"tokens are a tensor [B, N] or [B, N, C], got {shown(tokens)}")
         caption = None if condition is None else condition.extras.get("decoder_text")
         values = tokens if len(self.grids) == 1 else Canvas(self.grids, tokens).part(level).values
         samples = torch.arange(len(tokens)) if samples is None else samples
