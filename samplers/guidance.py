@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vgen.errors import VgenError, nearest
 from vgen.samplers.flow import weighted_sum
-from vgen.samplers.types import Step
+from vgen.samplers.types import Guidance, Step
 from vgen.values import real, string
 
 # (step, power) -> share of the way from `start` to `scale`
@@ -162,3 +162,10 @@ class TextImageGuidance:
             return mixed
         length, limit = (x.norm(dim=-1, keepdim=True) for x in (mixed, parts[0].float()))
         return mixed * (limit / length + 1e-8).clamp(max=1.0)
+
+
+def is_weighted_sum(guidance: Guidance) -> bool:
+    """Whether `mix` is the plain weighted sum, which kernels compute on the way: not for a guidance with a `mix` of its own."""
+    if isinstance(guidance, PhaseGuidance):
+        return type(guidance).mix is PhaseGuidance.mix and is_weighted_sum(guidance.phases[0])
+    return getattr(type(guidance), "mix", None) is ClassifierFree.mix

@@ -16,7 +16,7 @@ from vgen.kernels.choose_tokens import choose_tokens, keep_likeliest
 from vgen.samplers.choice import DiffusionChoice, FlowChoice, PhaseChoice, TokenChoice
 from vgen.samplers.diffusion import GaussianDiffusion, solver
 from vgen.samplers.flow import even_times, flow_solver, shifted_times
-from vgen.samplers.guidance import ClassifierFree
+from vgen.samplers.guidance import ClassifierFree, is_weighted_sum
 from vgen.samplers.noise import CHANNELS, DIFFUSION, TOKENS
 from vgen.samplers.types import Draw, Guidance, Noise, Step
 
@@ -28,7 +28,13 @@ class Logits:
     logits: Tensor
 
     def draw(self, step: Step, guidance: Guidance, choice: TokenChoice, noise: Noise, stream: int = TOKENS) -> Draw:
-        """Mixes, filters and draws in one kernel. Draw.score is what `choice.score` says, before the filters."""
+        """Mixes, filters and draws in one kernel. Draw.score is what `choice.score` says, before the filters.
+
+        A guidance that mixes in a way of its own does so before the kernel.
+        """
+        if not is_weighted_sum(guidance):
+            mixed = guidance.mix(self.logits, guidance.weights(step))
+            return Logits(mixed[None]).draw(step, ClassifierFree(), choice, noise, stream)
         choice, weights = choice.at(step), guidance.weights(step)
         tokens, score = choose_tokens(
             self.logits,

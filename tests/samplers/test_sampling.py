@@ -9,7 +9,7 @@ import torch
 from vgen.errors import VgenError
 from vgen.samplers.choice import RECIPES, Ramp, TokenChoice, token_choice
 from vgen.samplers.decode import decode
-from vgen.samplers.guidance import SCHEDULES, ClassifierFree
+from vgen.samplers.guidance import SCHEDULES, ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import CONFIDENCE, TOKENS, GridTape, PhiloxNoise, TapeNoise
 from vgen.samplers.orders import make_order
 from vgen.samplers.predictions import Logits
@@ -266,3 +266,18 @@ def test_log_probs_are_those_of_the_draw():
     torch.testing.assert_close(draw.log_probs(slice(1, 2))[0, 0], expected)
     greedy = Logits(logits).draw(now, ClassifierFree(2.0), TokenChoice(0.0), noise).log_probs(slice(0, 2))
     assert greedy.tolist() == [[[0.0, -math.inf, -math.inf, -math.inf]] * 2]
+
+
+def test_a_guidance_that_mixes_in_its_own_way_is_honoured():
+    class Backwards(ClassifierFree):
+        def mix(self, parts, weights):
+            return -super().mix(parts, weights)
+
+    logits = torch.randn(2, 3, 4, 7, generator=torch.Generator().manual_seed(5))
+    step = next(iter(make_order("random", (1, 2, 2), steps=1).steps(Canvas.blank((1, 2, 2), 3))))
+    noise, greedy = PhiloxNoise(0, torch.arange(3)), TokenChoice(temperature=0.0)
+    mixed = ClassifierFree(2.0).mix(logits, (2.0, -1.0))
+    assert torch.equal(Logits(logits).draw(step, ClassifierFree(2.0), greedy, noise).values, mixed.argmax(dim=-1))
+    assert torch.equal(Logits(logits).draw(step, Backwards(2.0), greedy, noise).values, mixed.argmin(dim=-1))
+    phases = PhaseGuidance((Backwards(2.0), Backwards(2.0)))
+    assert torch.equal(Logits(logits).draw(step, phases, greedy, noise).values, mixed.argmin(dim=-1))
