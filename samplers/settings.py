@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from vgen.errors import VgenError
+
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def setting(
@@ -97,7 +99,7 @@ def bounds(part: Field[Any]) -> tuple[float | None, float | None, bool]:
     return part.metadata.get("least"), part.metadata.get("most"), part.metadata.get("above", False)
 
 
-def takes_sampling(init: Callable[..., None]) -> Callable[..., None]:
+def takes_sampling(init: Init) -> Init:
     """Makes a constructor (self, tokenizer, model, *values, **settings) show every field of `Sampling` by its name, as diffusers reads it."""
     import inspect
 
