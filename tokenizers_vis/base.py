@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,9 @@ from vgen.samplers.noise import PhiloxNoise
 from vgen.samplers.types import Grid, grid_size
 from vgen.tokenizers_vis.latents.posterior import DiagonalGaussian
 from vgen.values import shown
+
+SMALL = 128 * 128  # pixels of a picture
+TOGETHER = 4  # small pictures that a CPU codes together
 
 
 @dataclass(frozen=True)
@@ -206,8 +210,9 @@ class LatentTokenizer:
 
 @torch.no_grad()
 def encode_each(tokenizer: Any, pixels: Tensor) -> Tensor:
-    """Tokens of pictures [B, 3, H, W], on a CPU one picture at a time: the same bits whatever B is (see `decode_each`)."""
-    return torch.cat([tokenizer.encode(pixels[rows].contiguous()) for rows in coded_together(tokenizer, len(pixels))])
+    """Tokens of pictures [B, 3, H, W], on a CPU the same bits for a picture whatever B is (see `coded_together`)."""
+    count, size = len(pixels), pixels.shape[-2:]
+    return torch.cat([tokenizer.encode(pixels[rows]) for rows in coded_together(tokenizer, count, size)])[:count]
 
 
 @torch.no_grad()
@@ -224,23 +229,28 @@ def decode_each(
     """Pixels [B, 3, H, W] of tokens [B, N, …]; on a CPU the same bits for a picture whatever B is and beside whom it lies.
 
     samples: [B] numbers of the pictures; those of generative decoders start from the noise of (seed, sample). condition: a row
-    a picture. options: of `decode`. On a CPU pictures are decoded one at a time: convolutions round by the batch size, which
-    moved a few pixels by one level. For 64 pixels that costs 2 to 4 ms a picture, for more nothing (a convolution of one small
-    picture takes PyTorch's slower path). Accelerators decode the whole batch: their transformers round by its size already.
+    a picture. options: of `decode`.
     """
-    made = []
-    for rows in coded_together(tokenizer, len(tokens)):
-        # Contiguous: layers choose their arithmetic by the strides as well.
+    spec, count, made = tokenizer.spec, len(tokens), []
+    size = spec.pixels(square_grid(tokens.shape[1]) if grid is None and spec.sequence is None else grid)[1:]
+    for rows in coded_together(tokenizer, count, size):
         text = None if condition is None else condition[rows]
-        noise = PhiloxNoise(seed, samples[rows])
-        made.append(tokenizer.decode(tokens[rows].contiguous(), grid, text, noise=noise, **options))
-    return torch.cat(made)
+        made.append(tokenizer.decode(tokens[rows], grid, text, noise=PhiloxNoise(seed, samples[rows]), **options))
+    return torch.cat(made)[:count]
 
 
-def coded_together(tokenizer: Any, count: int) -> list[slice]:
-    """Which of `count` pictures go through a tokenizer in one call, so that they come out the same beside any others."""
-    size = 1 if tokenizer.device.type == "cpu" else max(count, 1)
-    return [slice(start, start + size) for start in range(0, count, size)]
+def coded_together(tokenizer: Any, count: int, size: Sequence[int]) -> list[Tensor]:
+    """Which of `count` pictures of this size (height, width) go through a tokenizer in one call: numbers [k] int64 each.
+
+    Convolutions and matrix products round by the number of rows, which moves a few pixels by one level. So on a CPU k is always
+    the same: TOGETHER for small pictures (one alone takes PyTorch's slower convolution), 1 for larger ones and for decoders of
+    many steps. Where pictures are missing the last one stands in: what is made of it lies behind the first `count` rows.
+    Accelerators take all at once: their transformers round by the batch already.
+    """
+    if tokenizer.device.type != "cpu":
+        return [torch.arange(count)]
+    together = TOGETHER if size[0] * size[1] <= SMALL and "steps" not in tokenizer.config else 1
+    return list(torch.arange(count + -count % together).clamp(max=count - 1).split(together))
 
 
 def to_maps(tokens: Tensor, grid: Grid, packing: int = 1) -> Tensor:

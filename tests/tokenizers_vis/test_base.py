@@ -51,23 +51,34 @@ def test_uint8_truncates():
     assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.0078, 1.0, 3.0])).tolist() == [0, 0, 128, 128, 255, 255]
 
 
-def test_a_cpu_codes_one_picture_at_a_time_in_its_plainest_layout():
+@pytest.mark.parametrize(
+    "side, config, groups",
+    [
+        (64, {}, [[0, 1, 2, 3], [4, 4, 4, 4]]),  # small pictures by fours, the last one standing in
+        (256, {}, [[0], [1], [2], [3], [4]]),
+        (64, {"steps": 20}, [[0], [1], [2], [3], [4]]),  # a picture that nobody needs would cost as many steps
+    ],
+)
+def test_a_cpu_codes_equally_many_pictures_at_a_time(side, config, groups):
     class Spy:
-        device = torch.device("cpu")
+        device, spec = torch.device("cpu"), TokenSpec((1, side // 2, side // 2), vocabulary=9)
 
         def __init__(self):
-            self.seen = []
+            self.config, self.seen = config, []
 
         def encode(self, pixels):
-            self.seen.append((len(pixels), pixels.is_contiguous()))
-            return pixels
+            self.seen.append((pixels[:, 0, 0, 0].tolist(), pixels.is_contiguous()))
+            return pixels[:, 0, :2, :2].flatten(1)
 
         def decode(self, tokens, grid, condition, *, noise):
-            self.seen.append((tokens.is_contiguous(), condition.tolist(), noise.seed, noise.samples.tolist()))
+            self.seen.append((tokens[:, 0].tolist(), condition.tolist(), noise.seed, noise.samples.tolist()))
             return tokens
 
-    spy, strided = Spy(), torch.rand(2, 3, 4).transpose(1, 2)
-    assert torch.equal(encode_each(spy, strided), strided) and spy.seen == [(1, True)] * 2
+    numbers = torch.arange(5.0)
+    spy, strided = Spy(), numbers.expand(3, side, side, 5).permute(3, 0, 1, 2)
+    tokens = encode_each(spy, strided)
+    assert spy.seen == [(group, True) for group in groups] and torch.equal(tokens[:, 0], numbers)
     spy = Spy()
-    made = decode_each(spy, strided, samples=torch.tensor([7, 9]), seed=5, condition=torch.tensor([0, 1]))
-    assert torch.equal(made, strided) and spy.seen == [(True, [0], 5, [7]), (True, [1], 5, [9])]
+    made = decode_each(spy, tokens, samples=torch.arange(5) + 7, seed=5, condition=torch.arange(5))
+    assert torch.equal(made, tokens)
+    assert spy.seen == [(group, group, 5, [7 + number for number in group]) for group in groups]

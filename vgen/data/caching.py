@@ -210,9 +210,10 @@ class Coder:
         """[B, 3, H, W] -> the tensors of a token set (vgen/data/tokens.py), a row a picture."""
         if self.tokenizer.spec.vocabulary is not None:
             return {"tokens": self.tokenizer.encode(pixels)}
-        # One at a time on a CPU: latents would differ with the batch size in their last bits, as codes do not.
-        parts = [self._of_latents(pixels[rows].contiguous()) for rows in coded_together(self.tokenizer, len(pixels))]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        # Latents would differ with the batch size in their last bits, as codes do not.
+        count = len(pixels)
+        parts = [self._of_latents(pixels[rows]) for rows in coded_together(self.tokenizer, count, pixels.shape[-2:])]
+        return {key: torch.cat([part[key] for part in parts])[:count] for key in parts[0]}
 
     def _of_latents(self, pixels: Tensor) -> dict[str, Tensor]:
         found = self._latents(pixels, "tokens", "deviations")
