@@ -18,6 +18,17 @@ WEIGHTS = (
     "diffusion_pytorch_model"  # diffusers' name; then `.safetensors`, `.VARIANT.safetensors`, or an index of shards
 )
 AGAIN = "copy or download the folder again"
+# Names that classes had when vgen 0.1 wrote folders which still open.
+RENAMED = {
+    "MAR": "MARModel",
+    "HiMAR": "HiMARModel",
+    "TokenBridgeGenerator": "TokenBridgeModel",
+    "MaskGITViT": "MaskGITViTModel",
+    "MaskGITUViT": "MaskGITUViTModel",
+    "MaskGenVQ": "MaskGenVQModel",
+    "MaskGenKL": "MaskGenKLModel",
+    "MingUniVision": "MingUniVisionModel",
+}
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -116,7 +127,7 @@ def check_saved(
         raise VgenError(f"{folder} has no config.json, so it is no saved {kind.__name__}; {AGAIN}")
     config = read_json(folder / "config.json")
     found = config.get("_class_name", kind.__name__)
-    if found != kind.__name__:
+    if RENAMED.get(found, found) != kind.__name__:
         raise VgenError(f"{folder} holds a {found}, expected {kind.__name__}; name the folder of such a model")
     known = inspect.signature(kind.__init__).parameters
     unknown = [name for name in config if not name.startswith("_") and name not in (*known, "auto_map")]

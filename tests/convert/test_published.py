@@ -15,13 +15,13 @@ from vgen.errors import VgenError
 from vgen.models.llama.llamagen import LlamaGenModel
 from vgen.models.llama.nar import NARModel
 from vgen.models.llama.par import PARModel
-from vgen.models.mar.himar import LOW_STEPS, HiMAR
-from vgen.models.mar.mar import MAR
-from vgen.models.mar.tokenbridge import TokenBridgeGenerator
-from vgen.models.masked.maskgen import MaskGenVQ
-from vgen.models.masked.maskgen_kl import MaskGenKL
-from vgen.models.masked.maskgit import MaskGITUViT, MaskGITViT
-from vgen.models.ming.mingunivision import MingUniVision
+from vgen.models.mar.himar import LOW_STEPS, HiMARModel
+from vgen.models.mar.mar import MARModel
+from vgen.models.mar.tokenbridge import TokenBridgeModel
+from vgen.models.masked.maskgen import MaskGenVQModel
+from vgen.models.masked.maskgen_kl import MaskGenKLModel
+from vgen.models.masked.maskgit import MaskGITUViTModel, MaskGITViTModel
+from vgen.models.ming.mingunivision import MingUniVisionModel
 from vgen.models.rar.rar import RARModel
 from vgen.models.xar.xar import XARModel
 from vgen.samplers.choice import FlowChoice, token_choice
@@ -53,15 +53,15 @@ FAMILIES = {
     "par": (PARModel, PARModel.size_config),
     "nar": (NARModel, NARModel.size_config),
     "rar": (RARModel, RARModel.size_config),
-    "mar": (MAR, MAR.size_config),
-    "himar": (HiMAR, HiMAR.size_config),
+    "mar": (MARModel, MARModel.size_config),
+    "himar": (HiMARModel, HiMARModel.size_config),
     "xar": (XARModel, XARModel.size_config),
-    "mingunivision": (MingUniVision, MingUniVision.size_config),
-    "maskgit_vit": (MaskGITViT, MaskGITViT.size_config),
-    "maskgit_uvit": (MaskGITUViT, MaskGITUViT.size_config),
-    "maskgen_vq": (MaskGenVQ, MaskGenVQ.size_config),
-    "maskgen_kl": (MaskGenKL, MaskGenKL.size_config),
-    "tokenbridge_generator": (TokenBridgeGenerator, TokenBridgeGenerator.size_config),
+    "mingunivision": (MingUniVisionModel, MingUniVisionModel.size_config),
+    "maskgit_vit": (MaskGITViTModel, MaskGITViTModel.size_config),
+    "maskgit_uvit": (MaskGITUViTModel, MaskGITUViTModel.size_config),
+    "maskgen_vq": (MaskGenVQModel, MaskGenVQModel.size_config),
+    "maskgen_kl": (MaskGenKLModel, MaskGenKLModel.size_config),
+    "tokenbridge_generator": (TokenBridgeModel, TokenBridgeModel.size_config),
     "vq": (VQModel, VQ_SIZES.__getitem__),
     "maskgit_vqgan": (MaskGITVQGAN, MASKGIT_SIZES.__getitem__),
     "titok_vq": (TiTokVQ, TITOK_VQ_SIZES.__getitem__),
@@ -112,7 +112,9 @@ def test_entries_hold_together(name):
     else:
         GaussianDiffusion.named().respaced(sampling.substeps)
     order = make_order(sampling.order, entry.grid)
-    first = LOW_STEPS * HiMAR.SIZES[entry.size]["low_grid"][1] if entry.family == "himar" else 0  # the small picture
+    first = (
+        LOW_STEPS * HiMARModel.SIZES[entry.size]["low_grid"][1] if entry.family == "himar" else 0
+    )  # the small picture
     assert sampling.calls in (first + order.calls, None)
     assert any(sampling.order.startswith(kind) for kind in entry.orders)
     assert entry.options.get("grid", entry.grid) == entry.grid

@@ -13,7 +13,7 @@ from PIL import Image
 from vgen.errors import VgenError
 from vgen.layers.pictures import ORIENTATION
 from vgen.layers.pixels import to_images
-from vgen.models.mar.mar import MAR
+from vgen.models.mar.mar import MARModel
 from vgen.pipelines.inpainting import Painting, read_painting
 from vgen.pipelines.masks import read_mask
 from vgen.pipelines.visual import VisualPipeline
@@ -302,7 +302,7 @@ def test_half_precision(pipeline, kind, dtype):
             for stack in ("encoder", "decoder")
             for key, value in (("width", 16), ("layers", 1), ("heads", 2))
         }
-        model = MAR(
+        model = MARModel(
             channels=3, head="flow", grid=(4, 4), buffer=2, classes=5, head_width=16, head_layers=1, **stacks
         ).eval()
         pipe, subject = VisualPipeline(latents, model, order="random", substeps=3), {"class_labels": 1}

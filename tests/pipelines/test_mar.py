@@ -1,13 +1,16 @@
 """MAR through the pipeline: heads and their settings, packed latents, inpainting, saving."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 
 from vgen.errors import VgenError
-from vgen.models.mar.mar import MAR
+from vgen.models.mar.mar import MARModel
+from vgen.pipelines.components import Component
 from vgen.pipelines.inpainting import Painting
-from vgen.pipelines.visual import VisualPipeline
+from vgen.pipelines.visual import Sampler, VisualPipeline
 from vgen.tokenizers_vis.kl import KLModel
 
 STACKS = {
@@ -22,8 +25,28 @@ LATENTS = {"ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "latent_channels": 3
 def pipeline(head="diffusion", packing=1, channels=3, **settings):
     torch.manual_seed(0)
     tokenizer = KLModel(**LATENTS, scale=1.0, packing=packing).eval().requires_grad_(False)
-    model = MAR(channels=channels, head=head, **SMALL).eval().requires_grad_(False)
+    model = MARModel(channels=channels, head=head, **SMALL).eval().requires_grad_(False)
     return VisualPipeline(tokenizer, model, guidance_schedule="linear-clamped", guidance_scale=2.0, **settings)
+
+
+def test_a_folder_from_before_the_class_was_renamed_opens(tmp_path):
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path)
+    for file, change in (
+        ("model_index.json", {"model": ["vgen.models.mar", "MAR"]}),
+        ("model/config.json", {"_class_name": "MAR"}),
+    ):
+        today = json.loads((tmp_path / file).read_text())
+        (tmp_path / file).write_text(json.dumps({**today, **change}))
+    opened = [
+        VisualPipeline.open(tmp_path).model,
+        Sampler.open(tmp_path).model,
+        Component.from_pretrained(tmp_path / "model"),
+    ]
+    for model in opened:
+        assert type(model) is MARModel
+        for name, weight in pipe.model.state_dict().items():
+            assert torch.equal(model.state_dict()[name], weight), name
 
 
 @pytest.mark.parametrize("head, substeps", [("diffusion", "ddim2"), ("flow", 3), ("mean_flow", 1)])

@@ -19,15 +19,15 @@ GENERATORS = {
     "dar": ("vgen.models.dar.dar", "DARModel"),
     "flexar": ("vgen.models.flexar.flexar", "FlexARModel"),
     "lumina": ("vgen.models.lumina.lumina", "LuminaModel"),
-    "mar": ("vgen.models.mar.mar", "MAR"),
-    "himar": ("vgen.models.mar.himar", "HiMAR"),
+    "mar": ("vgen.models.mar.mar", "MARModel"),
+    "himar": ("vgen.models.mar.himar", "HiMARModel"),
     "xar": ("vgen.models.xar.xar", "XARModel"),
-    "mingunivision": ("vgen.models.ming.mingunivision", "MingUniVision"),
-    "maskgit_vit": ("vgen.models.masked.maskgit", "MaskGITViT"),
-    "maskgit_uvit": ("vgen.models.masked.maskgit", "MaskGITUViT"),
-    "maskgen_vq": ("vgen.models.masked.maskgen", "MaskGenVQ"),
-    "maskgen_kl": ("vgen.models.masked.maskgen_kl", "MaskGenKL"),
-    "tokenbridge_generator": ("vgen.models.mar.tokenbridge", "TokenBridgeGenerator"),
+    "mingunivision": ("vgen.models.ming.mingunivision", "MingUniVisionModel"),
+    "maskgit_vit": ("vgen.models.masked.maskgit", "MaskGITViTModel"),
+    "maskgit_uvit": ("vgen.models.masked.maskgit", "MaskGITUViTModel"),
+    "maskgen_vq": ("vgen.models.masked.maskgen", "MaskGenVQModel"),
+    "maskgen_kl": ("vgen.models.masked.maskgen_kl", "MaskGenKLModel"),
+    "tokenbridge_generator": ("vgen.models.mar.tokenbridge", "TokenBridgeModel"),
 }
 
 

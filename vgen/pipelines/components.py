@@ -14,7 +14,7 @@ from vgen.errors import VgenError, first_line, nearest
 from vgen.exports import PIPELINE_FILE, without_auto_map
 from vgen.models.registry import GENERATORS
 from vgen.plugins import known
-from vgen.saved import AGAIN, open_saved, read_json
+from vgen.saved import AGAIN, RENAMED, open_saved, read_json
 from vgen.tokenizers_vis.registry import TOKENIZERS
 
 # Where the modules were when vgen 0.1 wrote folders that still open.
@@ -89,7 +89,7 @@ def component_names(index: dict[str, Any], source: str | Path) -> dict[str, tupl
                 f"{source} wants the {role} from {entry[0]}, which is no module of vgen's models nor of a plug-in that is loaded; vgen loads "
                 f"no code that a file names: if you trust it, load the plug-in yourself (--plugin {entry[0]}, or import it in Python)"
             )
-        names[role] = (module, entry[1])
+        names[role] = (module, RENAMED.get(entry[1], entry[1]))
     return names
 
 
@@ -107,7 +107,7 @@ class Component:
     @staticmethod
     def kind(config: Mapping[str, Any]) -> Any:
         """The class of a config. VgenError: it is none of vgen's nor of a plug-in that is loaded."""
-        found = config.get("_class_name")
+        found = RENAMED.get(config.get("_class_name"), config.get("_class_name"))
         table = {name: module for module, name in (*TOKENIZERS.values(), *GENERATORS.values())}
         if found not in table:
             raise VgenError(

@@ -15,7 +15,7 @@ from vgen.layers.pictures import Picture as AnyPicture
 from vgen.layers.pictures import open_picture
 from vgen.layers.pixels import to_images
 from vgen.models.ming.dialogue import LIMIT, Context, Picture, Settings, Word, answer
-from vgen.models.ming.mingunivision import MingUniVision
+from vgen.models.ming.mingunivision import MingUniVisionModel
 from vgen.models.ming.prompts import (
     FIND_REGION,
     GENERATE,
@@ -46,7 +46,7 @@ class Turn:
 class UnifiedPipeline:
     """Makes pictures, changes pictures, answers questions about them, one call each or in a `Dialogue`.
 
-    model: with its text tokenizer (`MingUniVision.set_words`). text_guidance, image_guidance: how much an answering picture
+    model: with its text tokenizer (`MingUniVisionModel.set_words`). text_guidance, image_guidance: how much an answering picture
     follows the words, and an input picture (at least 1: not at all more than a model without guidance does); substeps: of
     every visual token; temperature: factor of the initial noise; word_temperature: 0 takes the likeliest word.
 
@@ -55,7 +55,7 @@ class UnifiedPipeline:
 
     def __init__(
         self,
-        model: MingUniVision,
+        model: MingUniVisionModel,
         *,
         text_guidance: float = 3.0,
         image_guidance: float = 1.1,
@@ -75,14 +75,14 @@ class UnifiedPipeline:
         cls, folder: str | Path, *, dtype: torch.dtype | None = None, **settings: Any
     ) -> UnifiedPipeline:
         """From a folder that `model.save_pretrained` wrote. settings: as for the constructor."""
-        return cls(open_saved(MingUniVision, folder, torch_dtype=dtype).eval(), **settings)
+        return cls(open_saved(MingUniVisionModel, folder, torch_dtype=dtype).eval(), **settings)
 
     @classmethod
     def from_original(
         cls, source: str | Path, config: str | dict[str, Any] = "16b-a3b", **settings: Any
     ) -> UnifiedPipeline:
-        """From the published folder; see `MingUniVision.from_original`. settings: as for the constructor."""
-        return cls(MingUniVision.from_original(source, config), **settings)
+        """From the published folder; see `MingUniVisionModel.from_original`. settings: as for the constructor."""
+        return cls(MingUniVisionModel.from_original(source, config), **settings)
 
     def dialogue(
         self,
@@ -178,7 +178,7 @@ class UnifiedPipeline:
 class Dialogue:
     """Rounds of one dialogue: what was said and shown stays in the model's cache. The published model was trained on two rounds."""
 
-    def __init__(self, model: MingUniVision, settings: Settings):
+    def __init__(self, model: MingUniVisionModel, settings: Settings):
         self.model, self.settings = model, settings
         self.context = Context(model)
 

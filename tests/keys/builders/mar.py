@@ -1,6 +1,6 @@
 """MAR: B, L, H."""
 
-from vgen.models.mar.mar import MAR
+from vgen.models.mar.mar import MARModel
 
 NAMES = {"base": "B", "large": "L", "huge": "H"}
-BUILDERS = {f"mar-{name}": (lambda size=size: MAR(**MAR.size_config(size))) for name, size in NAMES.items()}
+BUILDERS = {f"mar-{name}": (lambda size=size: MARModel(**MARModel.size_config(size))) for name, size in NAMES.items()}

@@ -7,7 +7,7 @@ from conftest import assert_same_weights
 from vgen.errors import VgenError
 from vgen.layers.grid_head import grid_positions
 from vgen.models.conditions.vocabulary import Vocabulary
-from vgen.models.mar.himar import DENSE, LOW, HiMAR, HiMARChoice
+from vgen.models.mar.himar import DENSE, LOW, HiMARChoice, HiMARModel
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import PhiloxNoise
@@ -41,7 +41,7 @@ LABELS = (0, 1, 2)
 
 def build(spread=0.1, **changes):
     torch.manual_seed(0)
-    model = HiMAR(**{**SMALL, **changes})
+    model = HiMARModel(**{**SMALL, **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=spread)  # zeros at the start would make comparisons trivially true
@@ -75,7 +75,7 @@ def run(model, dense="random:steps=3,schedule=mar", scales=(2.0, 3.0), known=Non
 
 
 def test_blocks_start_plain():
-    model = HiMAR(**SMALL)
+    model = HiMARModel(**SMALL)
     block = model.encoder_blocks[0]
     x, vector = torch.randn(2, 5, 32), torch.randn(128)
     plain = x + block.attn(block.norm1(x))
@@ -286,7 +286,7 @@ def test_captions_may_condition_it(tmp_path):
     condition = vocabulary.captions(["red apple", "cat"])
     canvas, _ = run(model, given=condition)
     model.save_pretrained(tmp_path)
-    again = HiMAR.from_pretrained(tmp_path).eval()
+    again = HiMARModel.from_pretrained(tmp_path).eval()
     assert again.vocabulary.words == vocabulary.words and again.grids == model.grids
     assert_same_weights(again, model)
     torch.testing.assert_close(run(again, given=condition)[0].values, canvas.values, rtol=1e-4, atol=1e-4)
@@ -300,12 +300,12 @@ def test_released_files_hold_two_models(tmp_path):
     path = tmp_path / "checkpoint-last.pth"
     torch.save({"model": model.state_dict(), "model_ema": average.state_dict()}, path)
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    loaded = HiMAR.from_single_file(path, config).state_dict()
+    loaded = HiMARModel.from_single_file(path, config).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in average.state_dict().items())
-    with pytest.raises(VgenError, match="does not fit HiMAR"):
-        HiMAR.from_single_file(path, {**config, "low_grid": (3, 3)})
-    with pytest.raises(VgenError, match="unknown HiMAR size 'XL'"):
-        HiMAR.from_single_file(path, "XL")
+    with pytest.raises(VgenError, match="does not fit HiMARModel"):
+        HiMARModel.from_single_file(path, {**config, "low_grid": (3, 3)})
+    with pytest.raises(VgenError, match="unknown HiMARModel size 'XL'"):
+        HiMARModel.from_single_file(path, "XL")
 
 
 def test_substeps_have_released_defaults():

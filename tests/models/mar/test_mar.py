@@ -10,7 +10,7 @@ from vgen.errors import VgenError
 from vgen.models.conditions.vocabulary import Vocabulary
 from vgen.models.mar.backbone import mask_rate, put_rows, shown_positions, take_rows
 from vgen.models.mar.heads import HEADS
-from vgen.models.mar.mar import MAR
+from vgen.models.mar.mar import MARModel
 from vgen.samplers.choice import DiffusionChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree
@@ -40,7 +40,7 @@ SMALL = {
 
 def build(spread=0.1, **changes):
     torch.manual_seed(0)
-    model = MAR(**{**SMALL, **changes})
+    model = MARModel(**{**SMALL, **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=spread)  # zeros at the start would make comparisons trivially true
@@ -254,7 +254,7 @@ def test_captions_may_condition_it(tmp_path):
     order = make_order("random:steps=3,schedule=mar", model.grid)
     canvas, _ = run(model, order, given=condition)
     model.save_pretrained(tmp_path)
-    again = MAR.from_pretrained(tmp_path).eval()
+    again = MARModel.from_pretrained(tmp_path).eval()
     assert again.vocabulary.words == vocabulary.words
     assert torch.equal(run(again, order, given=condition)[0].values, canvas.values)
     other, _ = run(model, order, given=vocabulary.captions(["mat", "cat"]))
@@ -268,16 +268,16 @@ def test_released_files_hold_two_models(tmp_path):
     torch.save({"model": model.state_dict(), "model_ema": average.state_dict()}, path)
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     for arguments, expected in (((), average), (("model",), model)):
-        loaded = MAR.from_single_file(path, config, *arguments).state_dict()
+        loaded = MARModel.from_single_file(path, config, *arguments).state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in expected.state_dict().items())
     with pytest.raises(VgenError, match="under ema"):
-        MAR.from_single_file(path, config, "ema")
+        MARModel.from_single_file(path, config, "ema")
     with pytest.raises(VgenError, match="does not fit"):
-        MAR.from_single_file(path, {**config, "decoder_width": 48})
+        MARModel.from_single_file(path, {**config, "decoder_width": 48})
     with pytest.raises(VgenError, match="does not fit"):
-        MAR.from_single_file(path, {**config, "head": "flow"})
-    with pytest.raises(VgenError, match="unknown MAR size 'XL'"):
-        MAR.from_single_file(path, "XL")
+        MARModel.from_single_file(path, {**config, "head": "flow"})
+    with pytest.raises(VgenError, match="unknown MARModel size 'XL'"):
+        MARModel.from_single_file(path, "XL")
 
 
 def test_bad_input_is_one_sentence():

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vgen.errors import VgenError
-from vgen.models.mar.tokenbridge import TokenBridgeGenerator
+from vgen.models.mar.tokenbridge import TokenBridgeModel
 from vgen.models.mar.tokenbridge_head import ChannelHead
 from vgen.pipelines.visual import VisualPipeline
 from vgen.samplers.choice import TokenChoice
@@ -40,7 +40,7 @@ KL = {"ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "latent_channels": 3, "nu
 
 def build(**changes):
     torch.manual_seed(0)
-    model = TokenBridgeGenerator(**{**OPTIONS, **changes})
+    model = TokenBridgeModel(**{**OPTIONS, **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))  # zeros would make comparisons trivially true
@@ -214,7 +214,7 @@ def test_the_loss_of_latents_is_that_of_their_levels():
 
 def test_a_fresh_model_knows_nothing():
     torch.manual_seed(0)
-    model = TokenBridgeGenerator(**OPTIONS)
+    model = TokenBridgeModel(**OPTIONS)
     loss = model.loss(model.vocabulary.labels([0] * 16), floats(16, 9, 3))["loss"]
     assert abs(loss.item() - math.log(8)) < 1.0
     assert model.head.channel_blocks[0].adaLN_modulation[1].weight.eq(0).all()
@@ -257,7 +257,7 @@ def test_a_released_file_has_averages_of_the_parameters_only(tmp_path):
     trained = {name: value + 1 if name in averaged else value for name, value in released(model).items()}
     trained["reconstruction_values"] = trained["reconstruction_values"] + 1e-6  # a table from another machine
     torch.save({"model": trained, "model_ema": averaged, "epoch": 3, "scaler": {}}, tmp_path / "checkpoint-last.pth")
-    again = TokenBridgeGenerator.from_single_file(tmp_path / "checkpoint-last.pth", OPTIONS)
+    again = TokenBridgeModel.from_single_file(tmp_path / "checkpoint-last.pth", OPTIONS)
     for name, parameter in model.named_parameters():
         assert torch.equal(again.get_parameter(name), parameter)
     assert torch.equal(again.quantizer.reconstruction_values, trained["reconstruction_values"])
@@ -269,18 +269,18 @@ def released_parameters(model):
 
 def test_other_files_are_refused():
     state = released(build())
-    with pytest.raises(VgenError, match="does not fit TokenBridgeGenerator"):
-        TokenBridgeGenerator.from_original(state, {**OPTIONS, "levels": 16})
+    with pytest.raises(VgenError, match="does not fit TokenBridgeModel"):
+        TokenBridgeModel.from_original(state, {**OPTIONS, "levels": 16})
     with pytest.raises(VgenError, match="1 missing"):
-        TokenBridgeGenerator.from_original({k: v for k, v in state.items() if k != "mask_token"}, OPTIONS)
+        TokenBridgeModel.from_original({k: v for k, v in state.items() if k != "mask_token"}, OPTIONS)
     with pytest.raises(VgenError, match="sizes: B, L, H"):
-        TokenBridgeGenerator.from_original(state, "XL")
+        TokenBridgeModel.from_original(state, "XL")
 
 
 def test_saved_and_loaded(tmp_path):
     model = build(conditioning="class")
     model.save_pretrained(tmp_path)
-    again = TokenBridgeGenerator.from_pretrained(tmp_path).eval()
+    again = TokenBridgeModel.from_pretrained(tmp_path).eval()
     assert again.head.order == (2, 0, 1)
     assert torch.equal(run(model)[0].values, run(again)[0].values)
 

@@ -8,9 +8,9 @@ import torch
 from vgen.errors import VgenError
 from vgen.models.conditions.vocabulary import Vocabulary
 from vgen.models.masked.base import MASK_SCHEDULES, draw_mask, mask_share, masked_token_loss
-from vgen.models.masked.maskgen import MaskGenVQ
-from vgen.models.masked.maskgen_kl import MaskGenKL
-from vgen.models.masked.maskgit import MaskGITUViT, MaskGITViT
+from vgen.models.masked.maskgen import MaskGenVQModel
+from vgen.models.masked.maskgen_kl import MaskGenKLModel
+from vgen.models.masked.maskgit import MaskGITUViTModel, MaskGITViTModel
 from vgen.samplers.choice import DiffusionChoice, token_choice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree
@@ -22,10 +22,10 @@ SMALL = {"grid": (1, 1, 10), "width": 32, "layers": 2, "heads": 4}
 CODES = {"codes": 19, "hidden": 48, "classes": 5, **SMALL}
 TEXT = {"text_width": 12, "micro_width": 8, **SMALL}
 BUILD = {
-    "vit": lambda **changes: MaskGITViT(**{**CODES, **changes}),
-    "uvit": lambda **changes: MaskGITUViT(**{**CODES, **changes}),
-    "vq": lambda **changes: MaskGenVQ(**{"codes": 19, "spare_rows": 3, **TEXT, **changes}),
-    "kl": lambda **changes: MaskGenKL(**{"channels": 4, "head_width": 16, "head_layers": 1, **TEXT, **changes}),
+    "vit": lambda **changes: MaskGITViTModel(**{**CODES, **changes}),
+    "uvit": lambda **changes: MaskGITUViTModel(**{**CODES, **changes}),
+    "vq": lambda **changes: MaskGenVQModel(**{"codes": 19, "spare_rows": 3, **TEXT, **changes}),
+    "kl": lambda **changes: MaskGenKLModel(**{"channels": 4, "head_width": 16, "head_layers": 1, **TEXT, **changes}),
 }
 
 
@@ -294,19 +294,19 @@ def test_tied_files_may_hold_their_table_twice():
     model = build("vq")
     state = model.state_dict()
     table = state["embeddings.weight"]
-    both = MaskGenVQ.from_original({**state, "lm_head.weight": table}, dict(model.config))
+    both = MaskGenVQModel.from_original({**state, "lm_head.weight": table}, dict(model.config))
     assert torch.equal(both.embeddings.weight, table)
     with pytest.raises(VgenError, match="set head_rows"):
-        MaskGenVQ.from_original({**state, "lm_head.weight": table + 1}, dict(model.config))
+        MaskGenVQModel.from_original({**state, "lm_head.weight": table + 1}, dict(model.config))
     untied = build("vq", head_rows=19)
-    again = MaskGenVQ.from_original(untied.state_dict(), dict(untied.config))
+    again = MaskGenVQModel.from_original(untied.state_dict(), dict(untied.config))
     assert torch.equal(again.lm_head.weight, untied.lm_head.weight)
 
 
 def test_old_exports_of_the_vit_carry_a_counter():
     model = build("vit")
     state = {**model.state_dict(), "model.embeddings.position_ids": torch.arange(11)[None]}
-    again = MaskGITViT.from_original(state, dict(model.config)).state_dict()
+    again = MaskGITViTModel.from_original(state, dict(model.config)).state_dict()
     assert again.keys() == model.state_dict().keys()
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
 

@@ -4,7 +4,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from vgen.models.ming.files import GATES
-from vgen.models.ming.mingunivision import MingUniVision
+from vgen.models.ming.mingunivision import MingUniVisionModel
 
 SPECIALS = ["<|endoftext|>", "<imagePatch>", "<image>", "</image>", "<role>", "</role>"]
 MINGTOK = {
@@ -79,9 +79,9 @@ def word_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tiny(words: bool = True, **changes) -> MingUniVision:
+def tiny(words: bool = True, **changes) -> MingUniVisionModel:
     """Random weights, none of them zero."""
-    model = MingUniVision(**{**TINY, **changes})
+    model = MingUniVisionModel(**{**TINY, **changes})
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -91,7 +91,7 @@ def tiny(words: bool = True, **changes) -> MingUniVision:
     return model.eval()
 
 
-def published_state(model: MingUniVision) -> dict[str, torch.Tensor]:
+def published_state(model: MingUniVisionModel) -> dict[str, torch.Tensor]:
     """The state of a model under the published names."""
     state = {}
     for key, value in model.state_dict().items():

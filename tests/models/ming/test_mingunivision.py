@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from vgen.errors import VgenError
 from vgen.models.ming.dialogue import Context, Picture, Settings, Word, answer
 from vgen.models.ming.guidance import COND, after_round, picture_rows, positions_of, prompt_masks
-from vgen.models.ming.mingunivision import MingUniVision
+from vgen.models.ming.mingunivision import MingUniVisionModel
 from vgen.models.ming.prompts import MingPrompts, Reply, loaded_size
 from vgen.samplers.choice import FlowChoice, TokenChoice
 from vgen.samplers.decode import decode
@@ -203,7 +203,7 @@ def test_gates_of_pictures_are_used_for_pictures_only(model):
 
 def test_fresh_weights_of_the_language_model_are_small():
     torch.manual_seed(0)
-    for name, weight in MingUniVision(**TINY).llm.named_parameters():
+    for name, weight in MingUniVisionModel(**TINY).llm.named_parameters():
         if "norm" not in name:
             assert 0.004 < weight.std() < 0.008, name
 
@@ -234,7 +234,7 @@ def test_loss_is_that_of_the_head_on_teacher_forced_states(model):
 
 def test_head_trains():
     torch.manual_seed(0)
-    model = MingUniVision(**TINY)
+    model = MingUniVisionModel(**TINY)
     head, z, target = model.diffloss, torch.randn(64, 48), torch.randn(64, 8)
     optimizer = torch.optim.AdamW(head.parameters(), 3e-3)
     losses = []
@@ -260,11 +260,11 @@ def test_a_published_folder_loads(model, tmp_path):
         save_file(shard, tmp_path / f"model-{index + 1:05d}-of-00002.safetensors")
     index = {"weight_map": {name: f"model-{k % 2 + 1:05d}-of-00002.safetensors" for k, name in enumerate(names)}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    loaded = MingUniVision.from_original(tmp_path, TINY)
+    loaded = MingUniVisionModel.from_original(tmp_path, TINY)
     with pytest.raises(VgenError, match="no text tokenizer yet"):
         loaded.vocabulary.prompt("a cat")
     word_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    loaded = MingUniVision.from_single_file(tmp_path, TINY)
+    loaded = MingUniVisionModel.from_single_file(tmp_path, TINY)
     assert_same_weights(loaded, model)
     torch.testing.assert_close(
         make(loaded, ["a cat"])[0].values, make(model, ["a cat"])[0].values, rtol=1e-4, atol=1e-4
@@ -273,24 +273,24 @@ def test_a_published_folder_loads(model, tmp_path):
 
 def test_files_that_do_not_fit(model):
     state = published_state(model)
-    with pytest.raises(VgenError, match="does not fit MingUniVision"):
-        MingUniVision.from_original(state, {**TINY, "layers": 3})
+    with pytest.raises(VgenError, match="does not fit MingUniVisionModel"):
+        MingUniVisionModel.from_original(state, {**TINY, "layers": 3})
     with pytest.raises(VgenError, match="expected 16 \\+ 2 x 8"):
-        MingUniVision.from_original(state, {**TINY, "heads": 2, "key_heads": 1})
+        MingUniVisionModel.from_original(state, {**TINY, "heads": 2, "key_heads": 1})
     lost = "model.model.layers.1.mlp.experts.2.up_proj.weight"
     with pytest.raises(VgenError, match=r"layers\.1\.mlp\.experts\.2\.up_proj\.weight"):
-        MingUniVision.from_original({key: value for key, value in state.items() if key != lost}, TINY)
+        MingUniVisionModel.from_original({key: value for key, value in state.items() if key != lost}, TINY)
     with pytest.raises(VgenError, match="1 unexpected"):
-        MingUniVision.from_original({**state, "model.model.layers.0.mlp.bias": torch.zeros(1)}, TINY)
+        MingUniVisionModel.from_original({**state, "model.model.layers.0.mlp.bias": torch.zeros(1)}, TINY)
     ungated = {key: value for key, value in state.items() if "image_gate" not in key and "audio_gate" not in key}
-    assert MingUniVision.from_original(ungated, {**TINY, "modality_gates": False})
+    assert MingUniVisionModel.from_original(ungated, {**TINY, "modality_gates": False})
     with pytest.raises(VgenError, match="of another shape"):
-        MingUniVision.from_original(ungated, TINY)
+        MingUniVisionModel.from_original(ungated, TINY)
 
 
 def test_half_precision_files_leave_the_pixel_decoder_exact(model):
     state = {key: value.to(torch.bfloat16) for key, value in published_state(model).items()}
-    loaded = MingUniVision.from_original(state, TINY)
+    loaded = MingUniVisionModel.from_original(state, TINY)
     assert loaded.vision.pixel_decoder.head.weight.dtype == loaded.vision.sem_to_pix.weight.dtype == torch.float32
     assert loaded.llm.lm_head.weight.dtype == torch.bfloat16
     loaded.set_words(word_tokenizer())
@@ -307,7 +307,7 @@ def test_half_precision_files_leave_the_pixel_decoder_exact(model):
 def test_without_transformers_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "vgen.models.ming.llm", None)
     with pytest.raises(VgenError, match="extra 'text'"):
-        MingUniVision(**TINY)
+        MingUniVisionModel(**TINY)
 
 
 def test_constructors_refuse_what_does_not_fit():
@@ -319,9 +319,9 @@ def test_constructors_refuse_what_does_not_fit():
         ({"experts_per_token": 5}, "from 1 to 4, got 5"),
     ):
         with pytest.raises(VgenError, match=words):
-            MingUniVision(**{**TINY, **change})
+            MingUniVisionModel(**{**TINY, **change})
     with pytest.raises(VgenError, match="did you mean '16b-a3b'"):
-        MingUniVision.of_size("16b-a3")
+        MingUniVisionModel.of_size("16b-a3")
 
 
 def test_rows_and_latents_that_do_not_fit(model):

@@ -9,7 +9,7 @@ from parity.checkers.mar_model import SCHEDULES, RunNoise, autoencoder_options, 
 from parity.checkers.maskgen import RecordedOrder
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
-from vgen.models.mar.himar import DENSE, LOSS_WEIGHTS, LOW, LOW_STEPS, HiMAR
+from vgen.models.mar.himar import DENSE, LOSS_WEIGHTS, LOW, LOW_STEPS, HiMARModel
 from vgen.models.mar.himar_head import GridDenoiser
 from vgen.samplers.choice import DiffusionChoice, PhaseChoice
 from vgen.samplers.decode import decode
@@ -123,13 +123,13 @@ def check_head(fixture: Fixture):
     assert not unchecked, f"recorded but not checked: {sorted(unchecked)}"
 
 
-def _model(fixture: Fixture) -> HiMAR:
+def _model(fixture: Fixture) -> HiMARModel:
     config = fixture.config
     options, scale = autoencoder_options(config), config["cond_scale"]
     width = options.pop("encoder_width")
     assert options.pop("decoder_width") == width and config["cond_dim"] == options["channels"]
     assert config["seq_len"] == options["grid"][0] * options["grid"][1]
-    model = HiMAR.from_original(
+    model = HiMARModel.from_original(
         fixture.weights,
         {
             **options,
@@ -272,7 +272,7 @@ def check_generate(fixture: Fixture):
         weights = guidance.phases[step.phase].weights(step)
         rows = len(weights)  # of the recording, which runs no unconditional rows where there is no guidance
         same(torch.full((1,), weights[0]), f"{name}/cfg")
-        prediction = HiMAR.predict(model, state, step, canvas)
+        prediction = HiMARModel.predict(model, state, step, canvas)
         if f"{name}/z_all" in out:
             same(everything[-1][: rows * batch], f"{name}/z_all")
         parts, recorded = prediction.features[:rows], noise.steps[step.index]

@@ -8,7 +8,7 @@ from parity.registry import Fixture, assert_close, assert_equal, checker
 from torch import nn
 
 from vgen.models.mar.backbone import EPS, MaskedAutoencoder
-from vgen.models.mar.mar import MAR
+from vgen.models.mar.mar import MARModel
 from vgen.samplers.choice import DiffusionChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.diffusion_loss import diffusion_terms
@@ -47,9 +47,9 @@ def set_norm_eps(model: MaskedAutoencoder, config: dict) -> None:
                 part.eps = config.get("norm_eps", EPS)
 
 
-def _model(fixture: Fixture) -> MAR:
+def _model(fixture: Fixture) -> MARModel:
     config = fixture.config
-    model = MAR.from_original(
+    model = MARModel.from_original(
         fixture.weights,
         {
             **autoencoder_options(config),
@@ -136,7 +136,7 @@ def check_generate(fixture: Fixture):
         if f"{name}/z_all" in out:
             tokens, masked = canvas.values.repeat(state.rows, 1, 1), ~canvas.known.repeat(state.rows, 1)
             same(model.run(state.context, tokens, masked, state.visible), f"{name}/z_all")
-        prediction = MAR.predict(model, state, step, canvas)
+        prediction = MARModel.predict(model, state, step, canvas)
         z = rearrange(prediction.features, "r b m d -> (r b m) d")
         same(z, f"{name}/z")
         process = head.process.respaced(spacing)

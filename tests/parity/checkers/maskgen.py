@@ -6,8 +6,8 @@ from parity.registry import Fixture, assert_close, assert_equal, checker
 
 from vgen.layers.sinusoid import interleaved, sin_cos
 from vgen.models.masked.base import MASK_SCHEDULES, draw_mask, mask_share
-from vgen.models.masked.maskgen import SCALE, MaskGenVQ
-from vgen.models.masked.maskgen_kl import MaskGenKL
+from vgen.models.masked.maskgen import SCALE, MaskGenVQModel
+from vgen.models.masked.maskgen_kl import MaskGenKLModel
 from vgen.samplers.choice import DiffusionChoice, token_choice
 from vgen.samplers.decode import decode
 from vgen.samplers.diffusion_loss import diffusion_terms
@@ -56,10 +56,10 @@ def _conditions(fixture: Fixture) -> list[Condition]:
 # ---------------------------------------------------------------------------------------------------------------- VQ
 
 
-def _vq(fixture: Fixture) -> MaskGenVQ:
+def _vq(fixture: Fixture) -> MaskGenVQModel:
     tokenizer, config = fixture.config["vq_model"], fixture.config["maskgen"]
     weights = fixture.weights
-    return MaskGenVQ.from_original(
+    return MaskGenVQModel.from_original(
         weights,
         {
             **_options(tokenizer, config),
@@ -113,7 +113,7 @@ def check_vq_generate(fixture: Fixture):
     }
     for name, run in fixture.config["runs"].items():
         steps, noise = run["num_sample_steps"], run["randomize_temperature"]
-        guidance = MaskGenVQ.guidance(
+        guidance = MaskGenVQModel.guidance(
             run["guidance_scale"], names[run["guidance_decay"]], run.get("guidance_decay_scale_pow", 1.0)
         )
         sorting = run.get("prob_sorting", True)  # off: the confidence has no noise, and none is drawn
@@ -146,10 +146,10 @@ def check_vq_generate(fixture: Fixture):
 # ---------------------------------------------------------------------------------------------------------------- KL
 
 
-def _kl(fixture: Fixture) -> MaskGenKL:
+def _kl(fixture: Fixture) -> MaskGenKLModel:
     tokenizer, config = (fixture.config["model"][name] for name in ("vq_model", "maskgen"))
     losses = fixture.config["losses"]
-    return MaskGenKL.from_original(
+    return MaskGenKLModel.from_original(
         fixture.weights,
         {
             **_options(tokenizer, config),
@@ -184,7 +184,7 @@ def check_kl_forward(fixture: Fixture):
     assert checked == set(out)
 
 
-def _check_head(model: MaskGenKL, fixture: Fixture) -> None:
+def _check_head(model: MaskGenKLModel, fixture: Fixture) -> None:
     inputs, out, channels = fixture.inputs, fixture.outputs, model.config.channels
     head = model.diffloss.net
     x, t, c = (inputs[f"head_{name}"] for name in ("x", "t", "c"))

@@ -6,7 +6,7 @@ import torch
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
 from vgen.models.masked.base import draw_mask, masked_token_loss
-from vgen.models.masked.maskgit import MaskGITUViT, MaskGITViT
+from vgen.models.masked.maskgit import MaskGITUViTModel, MaskGITViTModel
 from vgen.samplers.choice import token_choice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree
@@ -14,7 +14,7 @@ from vgen.samplers.noise import GridTape
 from vgen.samplers.orders import make_order
 from vgen.samplers.types import Canvas
 
-MODELS = {"ViT": MaskGITViT, "UViT": MaskGITUViT}
+MODELS = {"ViT": MaskGITViTModel, "UViT": MaskGITUViTModel}
 
 
 def _model(fixture: Fixture):

@@ -21,7 +21,7 @@ from vgen.models.ming.files import granite_names
 from vgen.models.ming.flow_head import MingFlowHead
 from vgen.models.ming.guidance import COND, IMAGE, NULL, prompt_masks
 from vgen.models.ming.llm import MingLLM
-from vgen.models.ming.mingunivision import MingUniVision
+from vgen.models.ming.mingunivision import MingUniVisionModel
 from vgen.models.ming.prompts import Prompt, for_editing, for_understanding, load_picture, loaded_size
 from vgen.samplers.choice import FlowChoice
 from vgen.samplers.decode import decode
@@ -96,7 +96,7 @@ def _check_run(head: MingFlowHead, fixture: Fixture, name: str, run: dict[str, A
 
 
 def llm_options(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of the arguments of MingUniVision."""
+    """The language model's part of the arguments of MingUniVisionModel."""
     assert config["norm_topk_prob"] and not config["first_k_dense_replace"] and not config.get("rope_scaling")
     return {
         "words": config["vocab_size"],
@@ -180,7 +180,7 @@ def check_language_model(fixture: Fixture) -> None:
 # ---- pictures in dialogues ------------------------------------------------------------------------------------------
 
 
-def ming_model(fixture: Fixture) -> MingUniVision:
+def ming_model(fixture: Fixture) -> MingUniVisionModel:
     """The model of a recording of whole calls."""
     config = fixture.config
     llm, head, tiny = config["llm"], config["vishead_diffloss"], config["tiny"]
@@ -202,7 +202,7 @@ def ming_model(fixture: Fixture) -> MingUniVision:
         "image_patch": llm["image_patch_token"],
         "image_end": tiny["IMG_E"],
     }
-    return MingUniVision.from_original(fixture.weights, options)
+    return MingUniVisionModel.from_original(fixture.weights, options)
 
 
 def _settings(fixture: Fixture, prefix: str, keep_masks: bool = False) -> Settings:
@@ -234,7 +234,7 @@ class Recorded(dict):
 class Calls:
     """The calls of a model's language model and vision head, in order."""
 
-    def __init__(self, model: MingUniVision):
+    def __init__(self, model: MingUniVisionModel):
         self.llm: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]] = []
         self.z: list[Tensor] = []
         self.hooks = [

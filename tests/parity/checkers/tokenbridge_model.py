@@ -7,7 +7,7 @@ from einops import rearrange
 from parity.checkers.maskgen import RecordedOrder
 from parity.registry import Fixture, assert_close, assert_equal, checker
 
-from vgen.models.mar.tokenbridge import TokenBridgeGenerator
+from vgen.models.mar.tokenbridge import TokenBridgeModel
 from vgen.samplers.choice import TokenChoice
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree
@@ -15,7 +15,7 @@ from vgen.samplers.noise import PhiloxNoise, TapeNoise
 from vgen.samplers.types import Canvas, Condition
 
 
-def _model(fixture: Fixture) -> TokenBridgeGenerator:
+def _model(fixture: Fixture) -> TokenBridgeModel:
     config = fixture.config
     side = config["img_size"] // (config["vae_stride"] * config["patch_size"])
     stacks = {
@@ -23,7 +23,7 @@ def _model(fixture: Fixture) -> TokenBridgeGenerator:
         for stack in ("encoder", "decoder")
         for ours, theirs in (("width", "embed_dim"), ("layers", "depth"), ("heads", "num_heads"))
     }
-    return TokenBridgeGenerator.from_original(
+    return TokenBridgeModel.from_original(
         fixture.weights,
         {
             **stacks,
@@ -46,7 +46,7 @@ def _model(fixture: Fixture) -> TokenBridgeGenerator:
     )
 
 
-def _condition(model: TokenBridgeGenerator, labels: torch.Tensor) -> Condition:
+def _condition(model: TokenBridgeModel, labels: torch.Tensor) -> Condition:
     return model.vocabulary.labels(labels.tolist())
 
 

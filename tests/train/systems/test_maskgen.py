@@ -129,7 +129,7 @@ def test_a_second_stage_starts_from_the_first(tmp_path, config_of):
     system = Trainer(config_of("vq", f"start={first}", f"out={tmp_path / 'second'}")).system
     trained = VisualPipeline.from_pretrained(first.parent).model.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in system.model.state_dict().items())
-    with pytest.raises(VgenError, match="does not fit MaskGenVQ"):
+    with pytest.raises(VgenError, match="does not fit MaskGenVQModel"):
         Trainer(config_of("vq", f"start={first}", f"out={tmp_path / 'other'}", width=64))
 
 

@@ -58,7 +58,7 @@ def test_it_learns_what_the_captions_say_and_samples_it(config_of):
 def test_the_other_network_by_classes(config_of):
     config = config_of("steps=4", "evaluate_every=0", "condition.kind=class", size="S-128")
     pipe = VisualPipeline.from_pretrained(train(config).model)
-    assert type(pipe.model).__name__ == "MaskGITUViT"
+    assert type(pipe.model).__name__ == "MaskGITUViTModel"
     result = pipe(class_labels=[0, 3], seed=1, order="random", num_inference_steps=3)
     assert result.tokens.shape == (2, 16) and result.stats.calls == 3
     with pytest.raises(VgenError, match="0 to 3, got 4"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vgen.errors import VgenError
-from vgen.models.mar.tokenbridge import TokenBridgeGenerator
+from vgen.models.mar.tokenbridge import TokenBridgeModel
 from vgen.pipelines.visual import VisualPipeline
 from vgen.tokenizers_vis.kl import KLModel
 from vgen.tokenizers_vis.tokenbridge import TokenBridge
@@ -77,7 +77,7 @@ def test_a_quantised_tokenizer_must_agree(config_of, tmp_path):
     folder = tmp_path / "quantised"
     TokenBridge.quantize(KLModel.from_pretrained(tmp_path / "tokenizer"), bits=3).save_pretrained(folder)
     system = build_system(config_of(f"data.tokenizer={folder}"), torch.device("cpu"))
-    assert isinstance(system.model, TokenBridgeGenerator) and isinstance(system.tokenizer, TokenBridge)
+    assert isinstance(system.model, TokenBridgeModel) and isinstance(system.tokenizer, TokenBridge)
     assert isinstance(system.tokenizer.tokenizer, KLModel), "it is not quantised twice"
     with pytest.raises(VgenError, match="levels 8, low -5"):
         build_system(config_of(f"data.tokenizer={folder}", "quantizer.bits=4"), torch.device("cpu"))

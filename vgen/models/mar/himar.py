@@ -131,7 +131,7 @@ class HiMARChoice(PhaseChoice):
         return cls((DiffusionChoice.of(low), DiffusionChoice.of(dense)))
 
 
-class HiMAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
+class HiMARModel(MaskedAutoencoder, ModelMixin, ConfigMixin):
     """Class- or caption-conditional generator of continuous tokens in two phases (module docstring).
 
     channels: C of a token, scaled as its tokenizer gives it. grid, low_grid: of the dense and of the low-resolution tokens.
@@ -350,7 +350,7 @@ class HiMAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
         if not isinstance(order, LevelsOrder) or order.levels != self.grids:
             raise VgenError(
                 f"Hi-MAR decodes a small grid and then a dense one, the order {order.name!r} has other levels; "
-                "make it with HiMAR.over_levels(order of the dense grid)"
+                "make it with HiMARModel.over_levels(order of the dense grid)"
             )
 
     @torch.no_grad()

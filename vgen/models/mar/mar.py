@@ -44,7 +44,7 @@ def size(width: int, layers: int, heads: int, head_width: int, head_layers: int)
     return {"channels": 16, "grid": [1, 16, 16], **stacks, "head_width": head_width, "head_layers": head_layers}
 
 
-class MAR(MaskedAutoencoder, ModelMixin, ConfigMixin):
+class MARModel(MaskedAutoencoder, ModelMixin, ConfigMixin):
     """Class- or caption-conditional generator of continuous tokens (module docstring).
 
     channels: C of a token, scaled as its tokenizer gives it. grid: of the tokens. encoder_*, decoder_*: the two stacks, whose

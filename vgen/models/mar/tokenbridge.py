@@ -51,7 +51,7 @@ RENAMED = {
 }
 
 
-class TokenBridgeGenerator(MaskedAutoencoder, ModelMixin, ConfigMixin):
+class TokenBridgeModel(MaskedAutoencoder, ModelMixin, ConfigMixin):
     """Class- or caption-conditional generator of tokens [B, L, C] int64 (module docstring).
 
     channels: C; levels: V. low, high, std_range: of the quantizer, as in the tokenizer. channel_order: the channels in the

@@ -110,7 +110,7 @@ class MaskGen(MaskedModel):
         return Condition(condition.ids, condition.mask, extras)
 
 
-class MaskGenVQ(MaskGen, MaskedTokenModel, ModelMixin, ConfigMixin):
+class MaskGenVQModel(MaskGen, MaskedTokenModel, ModelMixin, ConfigMixin):
     """Text-conditional generator of codes (module docstring).
 
     codes: visual vocabulary; grid: (1, 1, L); width, layers, heads: as in SIZES; text_width: of the CLIP states;

@@ -30,11 +30,11 @@ from vgen.samplers.types import Canvas, Condition, Step, grid_size
 EPS = 1e-6
 
 
-class MaskGenKL(MaskGen, ModelMixin, ConfigMixin):
+class MaskGenKLModel(MaskGen, ModelMixin, ConfigMixin):
     """Text-conditional generator of continuous tokens (module docstring).
 
     channels: C of a token, scaled as its tokenizer gives it; head_width, head_layers: of the diffusion head; diffusion_batch:
-    noise levels per token and training step. The other arguments are those of `MaskGenVQ`.
+    noise levels per token and training step. The other arguments are those of `MaskGenVQModel`.
     """
 
     choice_kind = DiffusionChoice

@@ -60,7 +60,7 @@ class BertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(x))
 
 
-class MaskGITViT(MaskGIT, ModelMixin, ConfigMixin):
+class MaskGITViTModel(MaskGIT, ModelMixin, ConfigMixin):
     """The post-norm network of TiTok-L-32 and B-64 (BERT's). Its head stands by itself: no last norm, not tied.
 
     codes: visual vocabulary; conditioning: class, or words (`ClassConditional`); classes: the null class not counted; grid:
@@ -121,10 +121,10 @@ class MaskGITViT(MaskGIT, ModelMixin, ConfigMixin):
         return self.model["lm_head"](x[:, 1:])
 
 
-class MaskGITUViT(MaskGIT, ModelMixin, ConfigMixin):
+class MaskGITUViTModel(MaskGIT, ModelMixin, ConfigMixin):
     """The pre-norm network of TiTok-S-128 with long skips between its halves (U-ViT, arXiv 2209.12152); no dropout.
 
-    layers: an even number; one more block stands in the middle. The other arguments are those of `MaskGITViT`.
+    layers: an even number; one more block stands in the middle. The other arguments are those of `MaskGITViTModel`.
     """
 
     SIZES: ClassVar = {

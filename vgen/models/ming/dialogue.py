@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vgen.errors import VgenError
 from vgen.models.ming.guidance import COND, after_round, cache_rows, extended, picture_rows, positions_of
-from vgen.models.ming.mingunivision import MingState, MingUniVision
+from vgen.models.ming.mingunivision import MingState, MingUniVisionModel
 from vgen.models.ming.prompts import Prompt
 from vgen.samplers.choice import FlowChoice, TokenChoice
 from vgen.samplers.decode import decode
@@ -68,7 +68,7 @@ class Context:
     cache; hidden: [1, D] of the last token; words, pictures: how many were drawn.
     """
 
-    def __init__(self, model: MingUniVision):
+    def __init__(self, model: MingUniVisionModel):
         self.model = model
         self.cache = model.llm.new_cache()
         self.masks = torch.ones(3, 0, dtype=torch.bool)

@@ -28,7 +28,7 @@ _RENAMED = {
 
 
 def published_names(state: dict[str, Tensor], heads: int, key_heads: int, head_dim: int) -> dict[str, Tensor]:
-    """The tensors of a published file under the names of `MingUniVision`. Unknown keys stay, for `load_exactly` to refuse.
+    """The tensors of a published file under the names of `MingUniVisionModel`. Unknown keys stay, for `load_exactly` to refuse.
 
     `state` is emptied, so that the experts of a large model are not held twice. heads, key_heads, head_dim: of the language
     model. Raises VgenError where a block is not as it should be.

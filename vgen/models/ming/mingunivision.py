@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from vgen.models.ming.llm import MingLLM
 
-# Keyword arguments of MingUniVision: Ling-lite with the builder's defaults of the flow head. 18.8 B parameters.
+# Keyword arguments of MingUniVisionModel: Ling-lite with the builder's defaults of the flow head. 18.8 B parameters.
 SIZES: dict[str, dict[str, Any]] = {"16b-a3b": {}}
 UNUSED = ("audio", "talker", "linear_proj_audio")  # parts of a larger model whose config the release kept
 
@@ -75,7 +75,7 @@ class MingState:
     counters: Counters
 
 
-class MingUniVision(Generator, ModelMixin, ConfigMixin):
+class MingUniVisionModel(Generator, ModelMixin, ConfigMixin):
     """One model that answers in words and pictures (module docstring).
 
     words, width, layers, heads, key_heads, head_dim, experts, experts_per_token, expert_hidden, shared_hidden, theta, eps,
@@ -166,14 +166,14 @@ class MingUniVision(Generator, ModelMixin, ConfigMixin):
     # ---------------------------------------------------------------- files
 
     @classmethod
-    def of_size(cls, size: str, **changes: Any) -> MingUniVision:
+    def of_size(cls, size: str, **changes: Any) -> MingUniVisionModel:
         """A model with fresh weights of a published size; `changes` are further constructor arguments."""
         return cls(**{**size_config(size), **changes})
 
     @classmethod
     def from_original(
         cls, source: str | Path | Mapping[str, Tensor], config: str | Mapping[str, Any] = "16b-a3b"
-    ) -> MingUniVision:
+    ) -> MingUniVisionModel:
         """A model from the published folder of shards, a file or a state dict. config: a size of SIZES or constructor arguments.
 
         A `tokenizer.json` in the folder is read, too (`read_words`). Raises VgenError for another family or size.
@@ -217,7 +217,7 @@ class MingUniVision(Generator, ModelMixin, ConfigMixin):
             self.prompts.tokenizer.save(str(folder / WORDS))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MingUniVision:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MingUniVisionModel:
         """As diffusers, plus the text tokenizer where it was saved."""
         model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model.read_words({"model": Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")})

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from vgen.data.tokens import TokenSetSpec
 from vgen.errors import VgenError
 from vgen.models.mar.backbone import mask_rate
-from vgen.models.mar.himar import DENSE_MASKS, HiMAR
+from vgen.models.mar.himar import DENSE_MASKS, HiMARModel
 from vgen.samplers.types import Condition, grid_size
 from vgen.settings import require_choice, require_positive, require_share
 from vgen.train.systems.generator import GeneratorConfig, GeneratorSystem, check_generator, model_options
@@ -23,7 +23,7 @@ from vgen.train.systems.generator import GeneratorConfig, GeneratorSystem, check
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A named size of HiMAR; what is set replaces the size's own value. See `HiMAR` for the meanings."""
+    """A named size of HiMARModel; what is set replaces the size's own value. See `HiMARModel` for the meanings."""
 
     size: str = "B"
     width: int | None = None
@@ -60,17 +60,19 @@ class HiMARSystem(GeneratorSystem):
     continuous = True
 
     @classmethod
-    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> HiMAR:
+    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> HiMARModel:
         """See `GeneratorSystem.make_model`."""
         if tokens.low_grid is None:
             raise VgenError(
                 f"data.tokens: {config.data.tokens} holds no latents of smaller pictures, which Hi-MAR makes first; "
                 "run `vgen tokenize` with --low-res"
             )
-        options = model_options(HiMAR.size_config(config.model.size), config.model)
+        options = model_options(HiMARModel.size_config(config.model.size), config.model)
         options |= {"channels": tokens.channels, "grid": tokens.grid, "low_grid": tokens.low_grid}
         condition = config.condition
-        return HiMAR(conditioning=condition.kind, classes=conditions, condition_dropout=condition.dropout, **options)
+        return HiMARModel(
+            conditioning=condition.kind, classes=conditions, condition_dropout=condition.dropout, **options
+        )
 
     def drop(self, condition: Condition, uniform: Tensor) -> Condition:
         """Nothing: either phase drops conditions of its own, inside the model's loss."""
@@ -103,7 +105,7 @@ class HiMARSystem(GeneratorSystem):
 def check(config: Config) -> None:
     """Raises VgenError for settings that cannot work."""
     model = config.model
-    require_choice("model.size", model.size, HiMAR.SIZES)
+    require_choice("model.size", model.size, HiMARModel.SIZES)
     require_choice("model.dense_masks", model.dense_masks, DENSE_MASKS)
     require_share(model, "dropout", "attention_dropout", prefix="model.", below_one=True)
     require_share(model, "pivot_rate", prefix="model.")

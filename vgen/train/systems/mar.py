@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from vgen.data.tokens import TokenSetSpec
 from vgen.models.mar.backbone import mask_rate
 from vgen.models.mar.heads import HEADS
-from vgen.models.mar.mar import MAR
+from vgen.models.mar.mar import MARModel
 from vgen.samplers.types import grid_size
 from vgen.settings import require_choice, require_positive, require_share
 from vgen.train.systems.generator import GeneratorConfig, GeneratorSystem, check_generator, model_options
@@ -37,7 +37,7 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(AutoencoderConfig):
-    """See `MAR` for the meanings."""
+    """See `MARModel` for the meanings."""
 
     head: str = "diffusion"
     diffusion_batch: int = 4
@@ -68,18 +68,18 @@ class MARSystem(MaskedAutoencoderSystem):
     score = ("loss", -1)
 
     @classmethod
-    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> MAR:
+    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> MARModel:
         """See `GeneratorSystem.make_model`."""
-        options = model_options(MAR.size_config(config.model.size), config.model)
+        options = model_options(MARModel.size_config(config.model.size), config.model)
         options |= {"channels": tokens.channels, "grid": tokens.grid, "classes": conditions}
         condition = config.condition
-        return MAR(conditioning=condition.kind, condition_dropout=condition.dropout, **options)
+        return MARModel(conditioning=condition.kind, condition_dropout=condition.dropout, **options)
 
 
 def check(config: Config) -> None:
     """Raises VgenError for settings that cannot work."""
     model = config.model
-    require_choice("model.size", model.size, MAR.SIZES)
+    require_choice("model.size", model.size, MARModel.SIZES)
     require_choice("model.head", model.head, HEADS)
     require_share(model, "dropout", "attention_dropout", prefix="model.", below_one=True)
     require_positive(model, "diffusion_batch", prefix="model.")

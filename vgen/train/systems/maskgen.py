@@ -12,8 +12,8 @@ from torch import Generator, Tensor, nn
 from vgen.data.tokens import TokenSetSpec
 from vgen.models.conditions.clip import REPOSITORY, ClipCaptions
 from vgen.models.masked.base import MASK_SCHEDULES
-from vgen.models.masked.maskgen import WIDTHS, MaskGen, MaskGenVQ
-from vgen.models.masked.maskgen_kl import MaskGenKL
+from vgen.models.masked.maskgen import WIDTHS, MaskGen, MaskGenVQModel
+from vgen.models.masked.maskgen_kl import MaskGenKLModel
 from vgen.samplers.types import Condition, grid_size
 from vgen.settings import require, require_choice, require_not_negative, require_positive, require_share
 from vgen.train.systems.generator import (
@@ -37,7 +37,7 @@ MAY_BE_ZERO = ("micro_width", "unmasked_weight", "spare_rows")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """kind: vq (MaskGenVQ, on codes) or kl (MaskGenKL, on latents); size: one of theirs; what is set replaces the size's own value.
+    """kind: vq (MaskGenVQModel, on codes) or kl (MaskGenKLModel, on latents); size: one of theirs; what is set replaces the size's own value.
 
     text_width: of the CLIP tower's states; micro_width: features of the aesthetic score (0: none); aesthetic: the score of pictures
     without one, and of previews. unmasked_weight, label_smoothing, spare_rows: of vq; head_width, head_layers, diffusion_batch: of kl.
@@ -112,12 +112,12 @@ class MaskGenSystem(GeneratorSystem):
 class MaskGenVQSystem(MaskGenSystem):
     """MaskGen-VQ: cross-entropy of masked codes."""
 
-    model_class = MaskGenVQ
+    model_class = MaskGenVQModel
 
     @classmethod
-    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> MaskGenVQ:
+    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> MaskGenVQModel:
         """See `GeneratorSystem.make_model`."""
-        return MaskGenVQ(**{**cls.size_options(config, tokens), "codes": tokens.vocabulary})
+        return MaskGenVQModel(**{**cls.size_options(config, tokens), "codes": tokens.vocabulary})
 
     def draws(self, batch: int, progress: float | None, generator: Generator) -> dict[str, Tensor]:
         """How many tokens are masked, from uniform [B], and which, from permutation [B, L]."""
@@ -129,12 +129,12 @@ class MaskGenKLSystem(MaskGenSystem):
 
     score = ("loss", -1)
     continuous = True
-    model_class = MaskGenKL
+    model_class = MaskGenKLModel
 
     @classmethod
-    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> MaskGenKL:
+    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> MaskGenKLModel:
         """See `GeneratorSystem.make_model`."""
-        return MaskGenKL(**{**cls.size_options(config, tokens), "channels": tokens.channels})
+        return MaskGenKLModel(**{**cls.size_options(config, tokens), "channels": tokens.channels})
 
     def draws(self, batch: int, progress: float | None, generator: Generator) -> dict[str, Tensor]:
         """How many tokens are masked, from uniform [1] for the whole batch, and which, from orders [B, L]."""

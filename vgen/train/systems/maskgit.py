@@ -9,19 +9,19 @@ from torch import Generator, Tensor
 
 from vgen.data.tokens import TokenSetSpec
 from vgen.models.masked.base import MASK_SCHEDULES
-from vgen.models.masked.maskgit import MaskGIT, MaskGITUViT, MaskGITViT
+from vgen.models.masked.maskgit import MaskGIT, MaskGITUViTModel, MaskGITViTModel
 from vgen.samplers.types import grid_size
 from vgen.settings import require, require_choice, require_not_negative, require_share
 from vgen.train.systems.generator import GeneratorConfig, GeneratorSystem, check_generator, model_options
 
-NETWORKS: dict[str, type[MaskGIT]] = {"vit": MaskGITViT, "uvit": MaskGITUViT}
+NETWORKS: dict[str, type[MaskGIT]] = {"vit": MaskGITViTModel, "uvit": MaskGITUViTModel}
 SIZES = {size: name for name, network in NETWORKS.items() for size in network.SIZES}
 DROPOUTS = ("dropout", "attention_dropout")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A named size of MaskGITViT or MaskGITUViT, which decides about the network; what is set replaces the size's own value.
+    """A named size of MaskGITViTModel or MaskGITUViTModel, which decides about the network; what is set replaces the size's own value.
 
     dropout, attention_dropout: of the ViT. mask_schedule, unmasked_weight, label_smoothing: of the loss.
     """

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from einops import rearrange
 
 from vgen.data.tokens import TokenSetSpec
-from vgen.models.mar.tokenbridge import KL16_ORDER, TokenBridgeGenerator
+from vgen.models.mar.tokenbridge import KL16_ORDER, TokenBridgeModel
 from vgen.settings import require_choice, require_share
 from vgen.tokenizers_vis.latents.dimensionwise import low_frequencies_first
 from vgen.tokenizers_vis.tokenbridge import TokenBridge
@@ -36,7 +36,7 @@ class QuantizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(AutoencoderConfig):
-    """See `TokenBridgeGenerator` for the meanings."""
+    """See `TokenBridgeModel` for the meanings."""
 
     size: str = "L"
     head_heads: int | None = None
@@ -59,16 +59,16 @@ class TokenBridgeSystem(MaskedAutoencoderSystem):
     """TokenBridge. Its score is the cross-entropy in nats per *channel* of the masked tokens."""
 
     @classmethod
-    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> TokenBridgeGenerator:
+    def make_model(cls, config: Config, tokens: TokenSetSpec, conditions: int) -> TokenBridgeModel:
         """See `GeneratorSystem.make_model`. The order `frequency` is set when the latents are at hand."""
-        options = model_options(TokenBridgeGenerator.size_config(config.model.size), config.model)
+        options = model_options(TokenBridgeModel.size_config(config.model.size), config.model)
         quantizer, condition = asdict(config.quantizer), config.condition
         options |= {"levels": 2 ** quantizer.pop("bits"), **quantizer}
         options |= {"channels": tokens.channels, "grid": tokens.grid, "classes": conditions}
         options["channel_order"] = KL16_ORDER if config.channel_order == "kl16" else None
-        return TokenBridgeGenerator(conditioning=condition.kind, condition_dropout=condition.dropout, **options)
+        return TokenBridgeModel(conditioning=condition.kind, condition_dropout=condition.dropout, **options)
 
-    def _make_model(self) -> TokenBridgeGenerator:
+    def _make_model(self) -> TokenBridgeModel:
         model = super()._make_model()
         if self.config.channel_order == "frequency":
             rows = self.train_tokens.tokens[spread(len(self.train_tokens), MEASURED), 0]
@@ -93,7 +93,7 @@ class TokenBridgeSystem(MaskedAutoencoderSystem):
 def check(config: Config) -> None:
     """Raises VgenError for settings that cannot work."""
     model = config.model
-    require_choice("model.size", model.size, TokenBridgeGenerator.SIZES)
+    require_choice("model.size", model.size, TokenBridgeModel.SIZES)
     require_choice("channel_order", config.channel_order, CHANNEL_ORDERS)
     require_share(model, "dropout", "attention_dropout", prefix="model.", below_one=True)
     check_generator(config, TokenBridgeSystem)
