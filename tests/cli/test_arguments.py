@@ -4,10 +4,12 @@ import argparse
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vgen.cli import arguments
 from vgen.cli.main import main
 from vgen.errors import VgenError
+from vgen.layers.picture_files import save_picture
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,11 @@ def test_writable(tmp_path, monkeypatch):
     with pytest.raises(VgenError, match="is a folder; give the name of a file"):
         arguments.writable_file("--out", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "link"], "a check writes nothing"
+    Image.new("RGB", (2, 2)).save(file)
+    with pytest.raises(VgenError, match=r"vgen did not write .*a\.png, so it is not replaced"):
+        arguments.writable_file("--out", file)
+    save_picture(Image.new("RGB", (2, 2)), file)
+    arguments.writable_file("--out", file)
 
 
 @pytest.mark.parametrize("reason", ["Read-only file system", "No space left on device"])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vgen.cli.sample_files import OneFile, SampleFolder, destination
 from vgen.errors import VgenError
-from vgen.viz import picture_files
+from vgen.layers import picture_files
 
 PROMPTS = [{"prompt": "red apple"}, {"prompt": "a cat"}]
 

@@ -8,7 +8,7 @@ from vgen.errors import VgenError
 from vgen.samplers.types import Canvas, Step
 from vgen.viz.curves import scatter
 from vgen.viz.sheets import columns_for, sheet
-from vgen.viz.trace import BLANK, Trace, save_animation
+from vgen.viz.trace import BLANK, Trace, save_trace
 
 
 def pictures(count, side=8):
@@ -47,10 +47,10 @@ def test_trace_blanks_what_is_not_decoded_and_keeps_the_first_batch():
 
 
 def test_animation_files(tmp_path):
-    save_animation(pictures(3), tmp_path / "a.gif")
+    save_trace(pictures(3), tmp_path / "a.gif")
     assert Image.open(tmp_path / "a.gif").n_frames == 3
     with pytest.raises(VgenError, match=r"\.gif or \.webp"):
-        save_animation(pictures(3), tmp_path / "a.mp4")
+        save_trace(pictures(3), tmp_path / "a.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]
 
 

@@ -143,7 +143,8 @@ def existing_data(option: str, path: Path) -> None:
 
 
 def writable_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """VgenError unless a file can be written at `path` (None: not given): its suffix, its folder, the user's permission."""
+    """VgenError unless a picture can be written at `path` (None: not given): its suffix, its folder, the user's permission, and
+    nothing there that vgen did not write."""
     if path is None:
         return
     if suffixes and path.suffix.lower() not in suffixes:
@@ -151,6 +152,13 @@ def writable_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) 
         raise VgenError(f"{option} writes a {listed} file, got {path}")
     if path.is_dir():
         raise VgenError(f"{option} {path} is a folder; give the name of a file, such as {path / 'out'}{path.suffix}")
+    if path.is_file() and path.stat().st_size:
+        from vgen.layers.picture_files import is_ours
+
+        if not is_ours(path):
+            raise VgenError(
+                f"{option}: vgen did not write {path}, so it is not replaced; give another name, or move it away"
+            )
     writable_folder(option, path.parent)
 
 

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     from vgen.data.batches import large_batch
     from vgen.eval import reconstruction
     from vgen.eval.reconstruction import cost, measure
-    from vgen.files import atomic_path
+    from vgen.layers.picture_files import save_picture
     from vgen.layers.pixels import to_images
     from vgen.viz.sheets import sheet
 
@@ -154,8 +154,7 @@ def run(args: argparse.Namespace) -> None:
             f"{count} pictures of {height if height == width else f'{height} x {width}'} px, {price.tokens} {unit} each ({price.bits_per_pixel:.3g} bits per pixel, "
             f"1/{price.compression:.0f} of raw pixels): {figures}"
         )
-    with atomic_path(args.out) as temporary:
-        sheet(images, labels, columns=shown, scale=max(1, 128 // height)).save(temporary)
+    save_picture(sheet(images, labels, columns=shown, scale=max(1, 128 // height)), args.out)
     print(f"sheet: {args.out}")
     if args.json:
         named = {"model": args.model, "split": pictures.split, "pictures": count}

@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from vgen.viz.trace import Trace, save_animation
+    from vgen.viz.trace import Trace, save_trace
 
     prompts, target = args.prompts, _destination(args)
     order = pipe.make_order(args.order, args.steps, args.seed, _order_options(args.order_option), args.low_steps)
@@ -298,7 +298,7 @@ def run(args: argparse.Namespace) -> None:
         decode = partial(pipe.decode_tokens, condition=condition, samples=numbers, seed=args.seed)
         labels = [caption(target.subjects[number - args.first]) for number in numbers.tolist()]
         frames = trace.frames(decode, labels)
-        save_animation(frames, args.trace)
+        save_trace(frames, args.trace)
         print(f"step by step: {args.trace}")
     elif trace:
         print("nothing was decoded, so there is no animation; give another folder or --overwrite", file=sys.stderr)

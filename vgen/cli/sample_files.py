@@ -36,7 +36,7 @@ def destination(out: str, first: int, subjects: Sequence[Subject], overwrite: bo
 
     first: number of the first picture; subjects: of every picture.
     """
-    from vgen.viz.picture_files import suffixes
+    from vgen.layers.picture_files import suffixes
 
     known, path = suffixes(), Path(out)
     if not out:
@@ -72,7 +72,7 @@ class OneFile:
     @contextmanager
     def open(self, settings: Mapping[str, Any], size: tuple[int, int]) -> Iterator[None]:
         """size: (width, height) of a picture. VgenError for a sheet that its format cannot hold."""
-        from vgen.viz.picture_files import check_side
+        from vgen.layers.picture_files import check_side
         from vgen.viz.sheets import Layout, Sheet, columns_for
 
         count = len(self.subjects)
@@ -85,7 +85,7 @@ class OneFile:
 
     def add(self, indices: Iterable[int], images: Iterable[Image.Image]) -> None:
         """Finished pictures, by their place in the run. The last one writes the file."""
-        from vgen.viz.picture_files import save_picture
+        from vgen.layers.picture_files import save_picture
 
         for index, image in zip(indices, images):
             if self.page is not None:
@@ -125,7 +125,7 @@ class SampleFolder:
 
     def add(self, indices: Sequence[int], images: Iterable[Image.Image]) -> None:
         """Finished pictures, by their place in the run: on the disk when this returns."""
-        from vgen.viz.picture_files import save_picture
+        from vgen.layers.picture_files import save_picture
 
         numbers = [self.first + index for index in indices]
         with _written(self.path, lambda: f"{self.progress()} when there is room"):

@@ -16,7 +16,7 @@ from vgen.data.dataset import ImageDataset
 from vgen.data.sources import open_data
 from vgen.data.splits import find_split, layout
 from vgen.data.tokens import TokenDataset
-from vgen.files import atomic_path
+from vgen.layers.picture_files import save_picture
 
 
 def describe(path: str | Path, split: str | None = None, examples: int = 8, held_out: str | int | None = None) -> str:
@@ -72,8 +72,7 @@ def contact_sheet(dataset: ImageDataset, out: str | Path, limit: int = 196, colu
         sheet.paste(F.to_pil_image(pixels), (left + (width - dataset.size) // 2, top + 2))
         lines = textwrap.wrap(item["caption"] or item["key"], width // 6)[:3]
         draw.multiline_text((left + 2, top + dataset.size + 4), "\n".join(lines), fill="black", font=font, spacing=1)
-    with atomic_path(out) as temporary:
-        sheet.save(temporary)
+    save_picture(sheet, out)
     return len(items)
 
 

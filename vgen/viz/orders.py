@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vgen.errors import VgenError
-from vgen.files import atomic_path
+from vgen.layers.picture_files import save_animation, save_picture
 from vgen.samplers.orders import BaseOrder
 
 Colour = tuple[int, int, int]
@@ -71,16 +71,7 @@ def animate(orders: BaseOrder | Sequence[BaseOrder], path: str | Path, seconds: 
     palette = _palette()
     pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [max(20, round(1000 * seconds / len(shown) / 10) * 10)] * (len(shown) - 1) + [2000]
-    with atomic_path(path) as temporary:
-        pictures[0].save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=pictures[1:],
-            duration=durations,
-            loop=0,
-            optimize=False,
-        )
+    save_animation(pictures, path, durations)
 
 
 @dataclass
@@ -169,10 +160,7 @@ def _sheet(orders: Sequence[BaseOrder], path: str | Path | None, columns: int | 
     for panel in panels:
         panel.draw(image)
     if path is not None:
-        if Path(path).suffix.lower() not in Image.registered_extensions():
-            raise VgenError(f"a picture is written as .png, .webp or .jpg, got {Path(path).name!r}")
-        with atomic_path(path) as temporary:
-            image.save(temporary)
+        save_picture(image, path)
     return image
 
 

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vgen.errors import VgenError
-from vgen.files import atomic_path
+from vgen.layers.picture_files import save_animation
 from vgen.samplers.types import Canvas, Step
 from vgen.viz.sheets import sheet
 
@@ -69,11 +68,6 @@ def _blank(image: Image.Image, known: Tensor) -> Image.Image:
     return image
 
 
-def save_animation(frames: Sequence[Image.Image], path: str | Path, milliseconds: int = 180, hold: int = 2000) -> None:
+def save_trace(frames: Sequence[Image.Image], path: str | Path, milliseconds: int = 180, hold: int = 2000) -> None:
     """Writes a .gif or .webp that rests `hold` milliseconds on its last frame. Raises VgenError for other suffixes."""
-    path = Path(path)
-    if path.suffix.lower() not in (".gif", ".webp"):
-        raise VgenError(f"an animation is written as .gif or .webp, got {path.name!r}")
-    durations = [milliseconds] * (len(frames) - 1) + [hold]
-    with atomic_path(path) as temporary:
-        frames[0].save(temporary, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+    save_animation(frames, path, [milliseconds] * (len(frames) - 1) + [hold])
