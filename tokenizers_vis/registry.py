@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgen.errors import VgenError, nearest
 from vgen.exports import without_auto_map
-from vgen.plugins import known, register_class
+from vgen.plugins import class_of, known, register_class
 from vgen.saved import WEIGHTS, has_model, open_saved, read_json
 
 if TYPE_CHECKING:
@@ -48,21 +47,9 @@ def register_tokenizer(family: str, kind: type) -> None:
     register_class(TOKENIZERS, "tokenizer", family, kind, ("from_pretrained", "encode", "decode"))
 
 
-def shipped_tokenizer(name: str) -> ModelMixin:
-    """A tokenizer of SHIPPED; no network needed. Raises VgenError for another name."""
-    if name not in SHIPPED:
-        raise VgenError(f"no tokenizer {name!r} ships with vgen{nearest(name, SHIPPED)}; shipped: {', '.join(SHIPPED)}")
-    return open_tokenizer(name)
-
-
 def tokenizer_class(family: str) -> Any:
     """The class of a family of TOKENIZERS. VgenError for an unknown one, naming the nearest."""
-    if not known(TOKENIZERS, family):
-        raise VgenError(
-            f"unknown tokenizer family {family!r}{nearest(family, TOKENIZERS)}; families: {', '.join(TOKENIZERS)}"
-        )
-    module, name = TOKENIZERS[family]
-    return getattr(importlib.import_module(module), name)
+    return class_of(TOKENIZERS, "tokenizer", family)
 
 
 def find_tokenizer(folder: str | Path) -> Path:

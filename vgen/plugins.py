@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vgen.errors import VgenError, first_line
+from vgen.errors import VgenError, first_line, nearest
 
 GROUP = "vgen.plugins"
 # (what, name) of all that plug-ins registered -> the module that it is from.
@@ -78,6 +78,14 @@ def known(table: Mapping[str, Any] | Callable[[], Iterable[str]], name: Any) -> 
     if not here():
         load_installed()
     return here()
+
+
+def class_of(table: Mapping[str, tuple[str, str]], what: str, family: str) -> Any:
+    """The class of a row of a table of (module, class). what: "generator", "tokenizer". VgenError: none, naming the nearest."""
+    if not known(table, family):
+        raise VgenError(f"unknown {what} family {family!r}{nearest(family, table)}; families: {', '.join(table)}")
+    module, name = table[family]
+    return getattr(importlib.import_module(module), name)
 
 
 @cache

@@ -14,9 +14,8 @@ from typing import Any
 
 from vgen.errors import VgenError, file_reason, first_line
 
-WEIGHTS = (
-    "diffusion_pytorch_model"  # diffusers' name; then `.safetensors`, `.VARIANT.safetensors`, or an index of shards
-)
+# diffusers' name; then `.safetensors`, `.VARIANT.safetensors`, or an index of shards
+WEIGHTS = "diffusion_pytorch_model"
 AGAIN = "copy or download the folder again"
 # Names that classes had when vgen 0.1 wrote folders which still open.
 RENAMED = {

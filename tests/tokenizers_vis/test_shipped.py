@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from vgen.convert.load import load_tokenizer
 from vgen.errors import VgenError
 from vgen.eval.reconstruction import joined, reconstruct_batches
 from vgen.layers.pixels import to_pixels
 from vgen.pipelines.visual import VisualPipeline
-from vgen.tokenizers_vis.registry import SHIPPED, find_tokenizer, shipped_tokenizer
+from vgen.tokenizers_vis.registry import SHIPPED, find_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def pixels():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_there_and_back(name, pixels):
-    (result,) = reconstruct_batches(shipped_tokenizer(name), pixels)
+    (result,) = reconstruct_batches(load_tokenizer(name), pixels)
     # Far above what a grey picture or another emoji gets (about 10 dB).
     assert result.means()["psnr"] > 18
 
@@ -27,7 +28,7 @@ def test_there_and_back(name, pixels):
 def test_a_picture_comes_back_the_same_in_any_batch(name):
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.rand(16, 3, 9, 9), (64, 64), mode="bicubic").clamp(0, 1) * 2 - 1
-    tokenizer = shipped_tokenizer(name)
+    tokenizer = load_tokenizer(name)
 
     def back(batch_size):
         return joined(list(reconstruct_batches(tokenizer, smooth, batch_size=batch_size))).reconstruction
@@ -45,4 +46,4 @@ def test_a_name_is_as_good_as_a_folder():
 
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(VgenError, match="did you mean 'emoji-titok'"):
-        shipped_tokenizer("emoji-titik")
+        load_tokenizer("emoji-titik")

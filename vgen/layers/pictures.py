@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vgen.errors import VgenError
+from vgen.errors import VgenError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ def open_upright(source: Picture, what: str = "picture") -> Image.Image:
         except FileNotFoundError:
             raise VgenError(f"there is no image file {path} (the {what})") from None
         except (OSError, ValueError) as error:
-            raise VgenError(f"the {name} cannot be read ({_reason(error)})") from None
+            raise VgenError(f"the {name} cannot be read ({first_line(error)})") from None
         return _decoded(io.BytesIO(contents), name)
     if isinstance(source, np.ndarray):
         return _of_array(source, what)
@@ -206,7 +206,7 @@ def _as_sentence(name: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise VgenError(
-            f"the {name} unpacks to more pixels than is safe ({_reason(error)}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            f"the {name} unpacks to more pixels than is safe ({first_line(error)}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except UnidentifiedImageError as error:
         raise VgenError(
@@ -216,10 +216,5 @@ def _as_sentence(name: str) -> Iterator[None]:
         raise VgenError(f"the {name} does not fit into memory; make it smaller") from error
     except Exception as error:  # decoders raise everything from SyntaxError to struct.error at broken files
         raise VgenError(
-            f"the {name} is not an image that can be read: it is broken or cut off ({_reason(error)})"
+            f"the {name} is not an image that can be read: it is broken or cut off ({first_line(error)})"
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from vgen.errors import VgenError, nearest
-from vgen.plugins import known, register_class
+from vgen.plugins import class_of, register_class
 
 # family -> (module, class). Classes have `from_pretrained(folder)`; those with published files also `from_original(path, config)`
 # and `size_config(size)`, and those that take text `read_words(paths)` for what makes conditions of it.
@@ -42,9 +40,4 @@ def register_model(family: str, kind: type) -> None:
 
 def generator_class(family: str) -> Any:
     """The class of a family of GENERATORS. VgenError for an unknown one, naming the nearest."""
-    if not known(GENERATORS, family):
-        raise VgenError(
-            f"unknown generator family {family!r}{nearest(family, GENERATORS)}; families: {', '.join(GENERATORS)}"
-        )
-    module, name = GENERATORS[family]
-    return getattr(importlib.import_module(module), name)
+    return class_of(GENERATORS, "generator", family)

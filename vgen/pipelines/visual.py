@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from vgen.models.base import Generator
     from vgen.pipelines.inpainting import Painting
 
-ENCODED = (
-    1024  # prompts that a frozen text encoder turns into features at a time: of FLAN-T5-XL they take half a GB to 1 GB
-)
+# Prompts that a frozen text encoder turns into features at a time: of FLAN-T5-XL they take half a GB to 1 GB.
+ENCODED = 1024
 Images: TypeAlias = list[Image.Image] | np.ndarray | Tensor  # by `output_type`: see OUTPUTS
 
 

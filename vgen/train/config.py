@@ -75,9 +75,8 @@ class OptimizerConfig:
     warmup_steps: int = 100
     schedule: str = "cosine"
     final_lr: float = 0.0  # share of `lr` left at the last step (cosine)
-    decay_from: float = (
-        0.0  # share of the run at which the cosine begins; before it `lr` is constant, behind the warm-up
-    )
+    # share of the run at which the cosine begins; before it `lr` is constant, behind the warm-up
+    decay_from: float = 0.0
     milestones: list[float] = field(default_factory=list)  # multistep
     drop: float = 0.1  # multistep
     clip: float = 1.0  # largest gradient norm; 0: no clipping
@@ -94,9 +93,8 @@ class TrainConfig:
     batch_size: int = 32  # per process and forward pass
     accumulate: int = 1  # forward passes per optimizer step
     seed: int = 0
-    precision: str = (
-        "fp32"  # fp32, bf16 (autocast, fp32 weights), or auto: bf16 where the hardware has instructions for it
-    )
+    # fp32, bf16 (autocast, fp32 weights), or auto: bf16 where the hardware has instructions for it
+    precision: str = "fp32"
     threads: int = 0  # CPU threads per process; 0: torch decides
     channels_last: bool = False
     ema_decay: float = 0.999  # 0: no averaging

@@ -40,7 +40,6 @@ from vgen.train.system import Loss, spread, to_dtype
 from vgen.viz.sheets import sheet
 
 log = logging.getLogger("vgen.train")
-CONDITIONS = ("words", "class", "text")
 
 
 @dataclass(frozen=True)
