@@ -8,7 +8,7 @@ from vgen.data.dataset import open_images
 from vgen.data.tokens import write_tokens
 from vgen.eval.captions import CaptionTask, ordered_loss
 from vgen.layers.pixels import to_images
-from vgen.pipelines.visual import Stats, VisualOutput
+from vgen.pipelines.results import Stats, VisualOutput
 from vgen.samplers.orders import make_order
 
 

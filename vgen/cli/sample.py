@@ -22,7 +22,8 @@ from vgen.samplers.orders import read_order
 from vgen.saved import read_json
 
 if TYPE_CHECKING:
-    from vgen.pipelines.visual import Batch, Sampler
+    from vgen.pipelines.results import Batch
+    from vgen.pipelines.visual import Sampler
     from vgen.samplers.types import Order
 
 PROMPTS = (
@@ -210,7 +211,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from diffusers.utils.logging import disable_progress_bar
 
-    from vgen.pipelines.visual import Sampler, Stats
+    from vgen.pipelines.results import Stats
+    from vgen.pipelines.visual import Sampler
 
     disable_progress_bar()  # loading takes a second; its bar would only hide our own lines
     pipe = load_as(

@@ -13,7 +13,8 @@ from vgen.data.batches import collate
 from vgen.data.dataset import open_images
 from vgen.data.tokens import TokenDataset
 from vgen.eval.retrieval import pixel_features, retrieval_share
-from vgen.pipelines.visual import VisualOutput, VisualPipeline
+from vgen.pipelines.results import VisualOutput
+from vgen.pipelines.visual import VisualPipeline
 from vgen.samplers.types import Condition
 
 

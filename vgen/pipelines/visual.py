@@ -9,13 +9,11 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
@@ -24,12 +22,13 @@ from vgen.layers.pictures import Picture
 from vgen.layers.pixels import to_images
 from vgen.pipelines.calls import OUTPUTS, Callback, Generators, check_callback, check_output, joined, refuse, seeds_of
 from vgen.pipelines.components import INDEX, parts_of, shipped_folder
+from vgen.pipelines.results import Batch, Stats, VisualOutput
 from vgen.samplers.decode import decode
 from vgen.samplers.guidance import ClassifierFree, PhaseGuidance
 from vgen.samplers.noise import LARGEST, PhiloxNoise
 from vgen.samplers.orders import ORDERS, make_order, read_order
 from vgen.samplers.settings import Sampling, takes_sampling
-from vgen.samplers.types import Canvas, Condition, Counters, Grid, Guidance, Order
+from vgen.samplers.types import Canvas, Condition, Grid, Guidance, Order
 from vgen.tokenizers_vis.base import decode_each
 from vgen.values import real, several, shown, string, whole
 
@@ -39,60 +38,6 @@ if TYPE_CHECKING:
 
 # Prompts that a frozen text encoder turns into features at a time: of FLAN-T5-XL they take half a GB to 1 GB.
 ENCODED = 1024
-Images: TypeAlias = list[Image.Image] | np.ndarray | Tensor  # by `output_type`: see OUTPUTS
-
-
-@dataclass
-class Stats:
-    """Cost of a run: forward passes of the backbone (calls) per batch, calls x rows, tokens fed, and the clock."""
-
-    images: int = 0
-    batches: int = 0
-    calls: int = 0
-    call_rows: int = 0
-    fed_tokens: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, batch: Batch) -> None:
-        """One finished batch."""
-        self.images += len(batch.numbers)
-        self.batches += 1
-        self.calls += batch.counters.calls
-        self.call_rows += batch.counters.call_rows
-        self.fed_tokens += batch.counters.fed_tokens
-        self.tokens += batch.tokens.shape[0] * batch.tokens.shape[1]
-
-    def report(self) -> dict[str, Any]:
-        """Everything, with the rates people ask for."""
-        seconds = max(self.seconds, 1e-9)
-        return {
-            **asdict(self),
-            "calls_per_batch": self.calls / max(self.batches, 1),
-            "images_per_second": self.images / seconds,
-            "tokens_per_second": self.tokens / seconds,
-        }
-
-
-@dataclass
-class VisualOutput(BaseOutput):
-    """images: as `output_type` says; tokens: [M, N] int64, or [M, N, C] floats; stats: cost of the run."""
-
-    images: Images
-    tokens: Tensor
-    stats: Stats
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures that were decoded together and are finished: numbers [B] of the run, tokens [B, N] or [B, N, C], what they were
-    made for (condition), and the cost of the batch."""
-
-    numbers: list[int]
-    images: Images
-    tokens: Tensor
-    condition: Condition
-    counters: Counters
 
 
 @dataclass(frozen=True)
